@@ -1,1 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Token trees: build, score, mask, positions, walk. No vLLM and no model."""
+
+from vllm_hidden_transfer.tree.build import limit_runs, most_probable_paths
+from vllm_hidden_transfer.tree.token_tree import ROOT, TokenTree
+from vllm_hidden_transfer.tree.walk import VerificationWalk
+
+__all__ = ["ROOT", "TokenTree", "VerificationWalk", "limit_runs", "most_probable_paths"]
