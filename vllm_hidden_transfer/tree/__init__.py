@@ -2,7 +2,21 @@
 """Token trees: build, score, mask, positions, walk. No vLLM and no model."""
 
 from vllm_hidden_transfer.tree.build import limit_runs, most_probable_paths
+from vllm_hidden_transfer.tree.layout import (
+    PathLayout,
+    lay_out_paths,
+    scratch_blocks_of_run,
+)
 from vllm_hidden_transfer.tree.token_tree import ROOT, TokenTree
 from vllm_hidden_transfer.tree.walk import VerificationWalk
 
-__all__ = ["ROOT", "TokenTree", "VerificationWalk", "limit_runs", "most_probable_paths"]
+__all__ = [
+    "ROOT",
+    "PathLayout",
+    "TokenTree",
+    "VerificationWalk",
+    "lay_out_paths",
+    "limit_runs",
+    "most_probable_paths",
+    "scratch_blocks_of_run",
+]

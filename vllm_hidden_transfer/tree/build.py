@@ -79,11 +79,11 @@ def _path_major(
     place: dict[int, int] = {ROOT: ROOT}
     ordered: list[int] = []
     for start in parent_of:
-        node: int | None = start
-        while node is not None and node not in place:
-            place[node] = len(ordered)
-            ordered.append(node)
-            node = next(iter(children.get(node, ())), None)
+        run: int | None = start
+        while run is not None and run not in place:
+            place[run] = len(ordered)
+            ordered.append(run)
+            run = next(iter(children.get(run, ())), None)
     new_parents = np.array([place[parent_of[node]] for node in ordered], dtype=np.int64)
     return TokenTree(tokens[ordered], new_parents)
 
