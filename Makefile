@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target does the set-up it needs; `make help` lists them.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+TARGET := examples/smollm2-135m
+
+# Two contended cores: one OpenMP thread is the fast setting for the small models of the tests, and the
+# stock KV split must not depend on threads. VLLM_CPU_KVCACHE_SPACE is in whole GiB.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_KVCACHE_SPACE=1 \
+	VLLM_CPU_ATTN_SPLIT_KV=0 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup target demo test matrix bench lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## .venv with vLLM for CPUs and this project (Linux x86-64, Python 3.11)
+	@command -v $(PYTHON) >/dev/null || { echo "set-up: this needs Python 3.11 and there is no $(PYTHON): \
+	install it or name it with make PYTHON=/path/to/python3.11."; exit 1; }
+	@$(PYTHON) scripts/set_up.py
+
+target: setup ## the demo target SmolLM2-135M-Instruct, fetched and converted once
+	@$(BIN)/python scripts/demo_target.py
+
+demo: target ## hidden transfer beside no speculation on real questions, in the terminal
+	@$(BIN)/vllm-hidden-transfer demo
+
+test: lint target ## all checks but the slow rows of the feature matrix
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not matrix and not gpu" --durations=15
+
+matrix: target ## the whole feature matrix (slow)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" --durations=30
+
+bench: target ## step costs of no speculation, stock's chain and our trees
+	$(BIN)/python scripts/step_cost.py
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and made files, but not the downloaded target's cache
+	rm -rf .venv work build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
