@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a transfer checkpoint says about itself: its ``config.json``. Imports neither torch nor vLLM."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+FORMAT_VERSION: Final = 1
+MODEL_TYPE = "hidden_transfer"
+
+Conditioning = Literal["none", "token"]
+
+
+class _Section(BaseModel):
+    """A part of the file. Unknown keys are errors: a misspelt key must not silently do nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Verifier(_Section):
+    """The target, as the ``speculators`` format names it."""
+
+    name_or_path: str = Field(description="hub id or folder name of the target, for people")
+    architectures: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class SpeculatorsConfig(_Section):
+    """The part of the file that the ``speculators`` format shares between methods."""
+
+    algorithm: Literal["hidden_transfer"] = "hidden_transfer"
+    verifier: Verifier
+
+
+class Calibration(_Section):
+    """Turns draft logits into probabilities: softmax(logits / temperature of the depth)."""
+
+    temperatures: tuple[PositiveFloat, ...] = Field(description="one for each transfer step")
+
+
+class Tree(_Section):
+    """Defaults for the draft trees."""
+
+    node_budget: PositiveInt = Field(default=16, description="nodes when the user names no number")
+
+
+class Target(_Section):
+    """The target that the maps were trained for: what must fit, and which one it was."""
+
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    vocab_size: PositiveInt
+    fingerprint: str = Field(description="see vllm_hidden_transfer.fingerprint")
+
+
+class TransferConfig(_Section):
+    """``config.json`` of a transfer checkpoint, in the style of the ``speculators`` format."""
+
+    speculators_model_type: Literal["hidden_transfer"] = "hidden_transfer"
+    speculators_config: SpeculatorsConfig
+    format_version: Literal[1] = FORMAT_VERSION
+    num_transfer_steps: Annotated[int, Field(ge=1, le=64)]
+    transfer_layer_ids: Annotated[tuple[int, ...], Field(min_length=1, max_length=1)] = Field(
+        description="pseudo hidden states enter this layer as its residual stream (0 = first)"
+    )
+    conditioning: Conditioning = Field(
+        description="token: the maps also see the embedding of the token just sampled"
+    )
+    calibration: Calibration
+    tree: Tree = Tree()
+    target: Target
+
+    @property
+    def transfer_layer(self) -> int:
+        """The layer t whose input the maps read and write."""
+        return self.transfer_layer_ids[0]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TransferConfig:
+        if not 0 <= self.transfer_layer < self.target.num_hidden_layers:
+            raise ValueError(
+                f"transfer_layer_ids is [{self.transfer_layer}], but the target has layers 0 to "
+                f"{self.target.num_hidden_layers - 1}"
+            )
+        given = len(self.calibration.temperatures)
+        if given != self.num_transfer_steps:
+            raise ValueError(
+                f"calibration.temperatures has {given} entries for "
+                f"{self.num_transfer_steps} transfer steps"
+            )
+        return self

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained maps of hidden transfer, and the checkpoint folder that holds them.
+
+Hidden transfer (arXiv 2404.12022, section 3.1) maps the hidden state that enters layer t at the
+last processed token to pseudo hidden states of the next k positions, one linear map a step. Ours
+may also see the token just sampled, which the target has not processed yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from vllm_hidden_transfer.config import FORMAT_VERSION, MODEL_TYPE, Conditioning, TransferConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+STORED_DTYPE = torch.bfloat16
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+class CheckpointError(Exception):
+    """A transfer checkpoint cannot be used; the message is one sentence for the user."""
+
+
+class TransferMaps(nn.Module):
+    """Pseudo hidden state of step i = W_i h, or W_i h + U_i emb(x) when conditioned on the token.
+
+    h is the residual stream entering layer t at the last processed position ("root"); x is the
+    token at root + 1, which the target has just sampled; emb(x) is the target's input embedding
+    row, unscaled. Row i (counted from 1) stands at position root + i, enters layer t as its
+    residual stream, and its logits predict the token at root + i + 1.
+    """
+
+    token_weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_steps: int,
+        hidden_size: int,
+        conditioning: Conditioning = "token",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        shape = (num_steps, hidden_size, hidden_size)
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        if conditioning == "token":
+            self.token_weight = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        else:
+            self.register_parameter("token_weight", None)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of transfer steps k."""
+        return self.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of the target's residual stream."""
+        return self.weight.shape[1]
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Whether the maps see the token just sampled."""
+        return "none" if self.token_weight is None else "token"
+
+    def forward(self, hidden: Tensor, token_embedding: Tensor | None = None) -> Tensor:
+        """Pseudo hidden states [n, k, d] from hidden [n, d] and token_embedding [n, d].
+
+        `token_embedding` is ignored by unconditioned maps and required by conditioned ones.
+        """
+        steps, size = self.num_steps, self.hidden_size
+        # One matrix product for all steps: [n, d] x [d, k d].
+        pseudo = hidden @ self.weight.flatten(0, 1).T
+        if self.token_weight is not None:
+            if token_embedding is None:
+                raise ValueError("token-conditioned maps need the embedding of the sampled token")
+            pseudo = pseudo + token_embedding @ self.token_weight.flatten(0, 1).T
+        return pseudo.unflatten(-1, (steps, size))
+
+
+def save_checkpoint(folder: str | Path, config: TransferConfig, maps: TransferMaps) -> None:
+    """Write config.json and model.safetensors (bf16) into `folder`; each file all or nothing."""
+    problem = _disagreement(config, maps)
+    if problem:
+        raise CheckpointError(f"not saved to {folder}: {problem}.")
+    tensors = {
+        name: tensor.detach().to("cpu", STORED_DTYPE).contiguous()
+        for name, tensor in maps.named_parameters()
+    }
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"not saved to {folder}: {name} holds NaN or infinity.")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    write_atomically(path / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+    write_atomically(path / CONFIG_FILE, text.encode())
+
+
+def load_checkpoint(folder: str | Path) -> tuple[TransferConfig, TransferMaps]:
+    """Read a checkpoint folder; the maps keep their stored dtype, on CPU, without gradients.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete, damaged or of another format.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
+        raise CheckpointError(f"the transfer checkpoint {path} {what}.")
+    config = _read_config(path / CONFIG_FILE)
+    return config, _read_maps(path / WEIGHTS_FILE, config)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: a temporary file, flushed to disk, then renamed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _disagreement(config: TransferConfig, maps: TransferMaps) -> str | None:
+    if maps.conditioning != config.conditioning:
+        return f"conditioning is {maps.conditioning!r}, config.json says {config.conditioning!r}"
+    expected = (config.num_transfer_steps, config.target.hidden_size, config.target.hidden_size)
+    for name, tensor in maps.named_parameters():
+        if tuple(tensor.shape) != expected:
+            return f"{name} has shape {list(tensor.shape)}, config.json implies {list(expected)}"
+    return None
+
+
+def _read_config(path: Path) -> TransferConfig:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is no transfer checkpoint: it has no {path.name}.")
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path} is no checkpoint configuration: it is over 1 MiB.")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is not valid JSON ({reason}).") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
+    if not isinstance(data, dict) or data.get("speculators_model_type") != MODEL_TYPE:
+        raise CheckpointError(f'{path} does not say "speculators_model_type": "{MODEL_TYPE}".')
+    if data.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {data.get('format_version')!r}, "
+            f"this version of the plugin reads {FORMAT_VERSION}."
+        )
+    try:
+        return TransferConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise CheckpointError(f"{path} is not valid, {where}: {first['msg']}.") from error
+
+
+def _read_maps(path: Path, config: TransferConfig) -> TransferMaps:
+    if not path.is_file():
+        raise CheckpointError(
+            f"the transfer checkpoint {path.parent} is incomplete: it has no {path.name}."
+        )
+    size, steps = config.target.hidden_size, config.num_transfer_steps
+    names = ["weight"] + (["token_weight"] if config.conditioning == "token" else [])
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            found = sorted(file.keys())
+            if found != sorted(names):
+                raise CheckpointError(
+                    f"{path} holds the tensors {found}, its config.json implies {sorted(names)}."
+                )
+            # Shapes first: a wrong file is refused before its data is read.
+            for name in names:
+                stored = file.get_slice(name)
+                shape, dtype = list(stored.get_shape()), stored.get_dtype()
+                if shape != [steps, size, size]:
+                    raise CheckpointError(
+                        f"{path}: {name} has shape {shape}, "
+                        f"its config.json implies {[steps, size, size]}."
+                    )
+                if dtype not in _FLOAT_DTYPES:
+                    raise CheckpointError(f"{path}: {name} is stored as {dtype}, not as floats.")
+            for name in names:
+                tensors[name] = file.get_tensor(name)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({reason}).") from error
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1:
+        raise CheckpointError(f"{path}: its tensors have different dtypes.")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity.")
+    with torch.device("meta"):
+        maps = TransferMaps(steps, size, config.conditioning)
+    maps.load_state_dict(tensors, assign=True)
+    return maps.requires_grad_(False)
