@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The list of patches, and the other surfaces of vLLM that our subclasses build on."""
+
+from __future__ import annotations
+
+from vllm_hidden_transfer.patches import (
+    cli_options,
+    cpu_attention_backend,
+    cpu_model_runner,
+    engine_args,
+)
+from vllm_hidden_transfer.patches.base import Patch, Surface
+
+AT_START: tuple[Patch, ...] = (engine_args.PATCH, cli_options.PATCH)
+"""Applied in every process in which vLLM loads plugins."""
+
+IN_WORKERS: tuple[Patch, ...] = (cpu_model_runner.PATCH, cpu_attention_backend.PATCH)
+"""Applied in workers of an engine that uses our method."""
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
+
+SUBCLASSED: tuple[Surface, ...] = (
+    Surface(
+        _RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")
+    ),
+    Surface(_RUNNER, "GPUModelRunner._sample", ("logits", "spec_decode_metadata")),
+    Surface(
+        _RUNNER,
+        "GPUModelRunner.propose_draft_token_ids",
+        (
+            "scheduler_output",
+            "sampled_token_ids",
+            "sampling_metadata",
+            "hidden_states",
+            "sample_hidden_states",
+            "aux_hidden_states",
+            "spec_decode_metadata",
+            "common_attn_metadata",
+            "slot_mappings",
+        ),
+    ),
+    Surface(_RUNNER, "GPUModelRunner._get_eagle3_aux_layers_from_config"),
+    Surface(_RUNNER, "GPUModelRunner._on_request_state_removed", ("req_id", "req_state")),
+    Surface(
+        _RUNNER,
+        "GPUModelRunner.initialize_kv_cache_tensors",
+        ("kv_cache_config", "kernel_block_sizes", "kv_cache_allocation_context"),
+    ),
+    Surface(_CPU_ATTENTION, "CPUAttentionBackend.get_builder_cls"),
+    Surface(
+        _CPU_ATTENTION,
+        "CPUAttentionMetadataBuilder.build",
+        ("common_prefix_len", "common_attn_metadata", "fast_build"),
+    ),
+    Surface(
+        _CPU_ATTENTION,
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        ("layer", "key", "value", "kv_cache", "slot_mapping"),
+    ),
+    Surface(
+        "vllm._custom_ops", "cpu_attn_reshape_and_cache", ("key", "value", "slot_mapping", "isa")
+    ),
+    Surface("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata")),
+    Surface("vllm.v1.sample.logits_processor", "MinTokensLogitsProcessor"),
+)
+
+
+def install() -> None:
+    """Check every patch of AT_START before the first of them is applied."""
+    for patch in AT_START:
+        patch.check()
+    for patch in AT_START:
+        patch.apply()
+
+
+def check_engine() -> None:
+    """Check what an engine with our method needs beyond that. Imports vLLM's runner.
+
+    Raises:
+        MissingSurfaceError: naming what is missing.
+    """
+    for patch in IN_WORKERS:
+        patch.check()
+    for surface in SUBCLASSED:
+        surface.check()

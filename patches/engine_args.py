@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The method ``hidden_transfer`` in vLLM's engine arguments."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+from vllm_hidden_transfer.patches.base import Patch, Surface
+
+
+def _install() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    from vllm_hidden_transfer.engine import configuration
+
+    stock_speculative = EngineArgs.create_speculative_config
+    stock_engine = EngineArgs.create_engine_config
+
+    def create_speculative_config(
+        self: EngineArgs, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        plan = configuration.plan(self, target_model_config, target_parallel_config)
+        if plan is None:
+            return stock_speculative(self, target_model_config, target_parallel_config)
+        self.additional_config = {
+            **self.additional_config,
+            configuration.METHOD: plan.settings.model_dump(),
+        }
+        target_parallel_config.worker_cls = plan.worker_cls
+        # On a copy, because vLLM may build a configuration from the same arguments twice.
+        translated = copy.copy(self)
+        translated.spec_method = translated.spec_model = translated.spec_tokens = None
+        translated.speculative_config = {
+            "method": "custom_class",
+            "model": plan.proposer,
+            "num_speculative_tokens": plan.budget,
+        }
+        return stock_speculative(translated, target_model_config, target_parallel_config)
+
+    def create_engine_config(
+        self: EngineArgs, usage_context: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        try:
+            with configuration.preferred_block_size(self):
+                return stock_engine(self, usage_context, *args, **kwargs)
+        except configuration.ConfigurationError as error:
+            if usage_context is not UsageContext.OPENAI_API_SERVER:
+                raise
+            sys.exit(f"vllm serve: {error}")
+
+    EngineArgs.create_speculative_config = create_speculative_config
+    EngineArgs.create_engine_config = create_engine_config
+
+
+PATCH = Patch(
+    name="engine_args",
+    why="SpeculativeConfig.method is a closed Literal and extra keys are forbidden.",
+    how="Wraps EngineArgs.create_speculative_config: our method becomes custom_class, our settings travel in "
+    "additional_config (part of the compile hash), worker_cls names our worker. Wraps create_engine_config for the "
+    "CPU's block size and so that a server start refuses in one sentence.",
+    versions="0.32",
+    retired_by="a registry of speculative methods in vLLM",
+    surfaces=(
+        Surface(
+            "vllm.engine.arg_utils",
+            "EngineArgs.create_speculative_config",
+            ("target_model_config", "target_parallel_config"),
+        ),
+        Surface("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("usage_context",)),
+        Surface("vllm.engine.arg_utils", "EngineArgs.spec_tokens"),
+        Surface("vllm.config", "ParallelConfig.worker_cls"),
+        Surface(
+            "vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)
+        ),
+    ),
+    install=_install,
+)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where drafts come from: the interface that every draft source fills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_hidden_transfer.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """The requests that want a tree, right after a verification step. b requests."""
+
+    request_ids: Sequence[str]
+    batch_rows: NDArray[np.int64]
+    """int64 [b]: each request's row in the runner's batch."""
+    token_ids: Sequence[NDArray[np.int32]]
+    """Each request's tokens so far, the one just sampled (the root of the tree to come) included."""
+    hidden: torch.Tensor | None
+    """[b, hidden_size]: the hidden state that entered the transfer layer at the token before the root."""
+    budget: int
+    """Nodes in a tree at most."""
+
+
+class DraftSource(Protocol):
+    """Proposes one token tree for each request of a batch."""
+
+    transfer_layer: int | None
+    """The layer whose incoming hidden state the source needs, None where it needs none."""
+
+    def propose(self, batch: DraftBatch) -> list[TokenTree]:
+        """One tree for each request, possibly empty, with at most ``batch.budget`` nodes."""
+        ...

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scratch blocks of a worker's KV cache and what moves through them.
+
+vLLM's cache tensors are allocated with some blocks more than its scheduler knows of. All layers lie in one
+allocation at a constant stride, so copies and compaction are one call for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm import _custom_ops as ops
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_hidden_transfer.tree import PathLayout
+
+
+def with_scratch_blocks(config: KVCacheConfig, num_scratch: int) -> KVCacheConfig:
+    """The same cache with ``num_scratch`` blocks more at the end of every layer.
+
+    Raises:
+        ValueError: when layers are not laid out one after the other in one allocation.
+    """
+    if len(config.kv_cache_tensors) != 1 or len(config.kv_cache_groups) != 1:
+        raise ValueError(
+            "hidden_transfer needs one kind of KV cache for all layers, and this model has "
+            f"{len(config.kv_cache_groups)} kinds: serve it without speculation"
+        )
+    (tensor,) = config.kv_cache_tensors
+    page = tensor.block_stride
+    if tensor.offset or tensor.layer_stride != page * config.num_blocks:
+        raise ValueError(
+            "hidden_transfer needs a KV cache layout with each layer's blocks side by side: "
+            "leave the KV cache layout at its default"
+        )
+    num_blocks = config.num_blocks + num_scratch
+    layer_stride = page * num_blocks
+    larger = replace(tensor, layer_stride=layer_stride, size=layer_stride * len(tensor.layers))
+    return replace(config, num_blocks=num_blocks, kv_cache_tensors=[larger])
+
+
+def num_scratch_blocks(num_blocks: int, max_num_seqs: int, budget: int) -> int:
+    """How many scratch blocks an engine gets: a block for every node of every request, but not more
+    than an eighth of the cache, and always enough for four bushy trees."""
+    return min(max_num_seqs * budget, max(num_blocks // 8, 4 * budget)) + 1
+
+
+class KVStore:
+    """All layers' caches as one tensor.
+
+    Args:
+        caches: of each layer, [num_blocks, num_kv_heads, block_size, 2 * head_size] (K and V of a block side by
+            side in the layout of vLLM's CPU kernel, which only the kernel's own write op may interpret).
+        scratch: the ids of the scratch blocks.
+    """
+
+    def __init__(self, caches: Mapping[str, torch.Tensor], scratch: range) -> None:
+        self.layer_names = list(caches)
+        self.layer_index = {name: index for index, name in enumerate(self.layer_names)}
+        self.scratch = scratch
+        first = caches[self.layer_names[0]]
+        self.num_blocks, self.num_kv_heads, self.block_size, kv_size = first.shape
+        self.head_size = kv_size // 2
+        self._stack = _stacked(list(caches.values()))
+        self._saved: torch.Tensor | None = None
+
+    def copy_blocks(self, copy_from: NDArray[np.int64], copy_to: NDArray[np.int64]) -> None:
+        """Copy whole blocks in all layers."""
+        for source, target in zip(copy_from.tolist(), copy_to.tolist(), strict=True):
+            self._stack[:, target].copy_(self._stack[:, source])
+
+    def saved_rows(self, num_rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Persistent room for one pass's keys and values, each [layers, num_rows, heads, head_size]."""
+        size = 2 * len(self.layer_names) * num_rows * self.num_kv_heads * self.head_size
+        if self._saved is None or self._saved.numel() < size or self._saved.dtype != dtype:
+            self._saved = torch.empty(size, dtype=dtype)
+        shape = (2, len(self.layer_names), num_rows, self.num_kv_heads, self.head_size)
+        keys, values = self._saved[:size].view(shape)
+        return keys, values
+
+    def write(
+        self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, isa: str
+    ) -> None:
+        """Write rows into the same slots of all layers.
+
+        Args:
+            keys, values: [layers, m, heads, head_size].
+            slots: int64 [m].
+        """
+        num_layers = len(self.layer_names)
+        flat = self._stack.view(num_layers * self.num_blocks, self.num_kv_heads, -1, self.head_size)
+        key_cache, value_cache = flat.chunk(2, dim=2)
+        layer_slots = torch.arange(num_layers)[:, None] * (self.num_blocks * self.block_size)
+        ops.cpu_attn_reshape_and_cache(
+            keys.flatten(0, 1),
+            values.flatten(0, 1),
+            key_cache,
+            value_cache,
+            (layer_slots + slots).flatten(),
+            isa,
+        )
+
+
+def _stacked(caches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One view [layers, ...] of caches that lie at a constant stride in one allocation."""
+    first = caches[0]
+    step = first.stride(0) * first.shape[0]
+    for index, cache in enumerate(caches):
+        if (
+            cache.shape != first.shape
+            or cache.stride() != first.stride()
+            or cache.data_ptr() != first.data_ptr() + index * step * first.element_size()
+        ):
+            raise ValueError(
+                "hidden_transfer needs the layers' KV caches at a constant stride in one allocation"
+            )
+    return torch.as_strided(
+        first, (len(caches), *first.shape), (step, *first.stride()), first.storage_offset()
+    )
+
+
+@dataclass
+class TreePass:
+    """One verification pass on its way through the layers: what is written where, and the rows
+    that compaction may need again."""
+
+    layout: PathLayout
+    store: KVStore
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.rows = torch.from_numpy(self.layout.write_rows)
+        self.slots = torch.from_numpy(self.layout.write_slots)
+        self.keys, self.values = self.store.saved_rows(len(self.rows), self.dtype)
+        self.store.copy_blocks(self.layout.copy_from, self.layout.copy_to)
+
+    def save(
+        self, layer_name: str, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's key and value rows in the order of the writes, kept for compaction.
+
+        The model's own buffers are reused by compiled code, so what is kept is a copy.
+        """
+        layer = self.store.layer_index[layer_name]
+        keys, values = self.keys[layer], self.values[layer]
+        torch.index_select(key, 0, self.rows, out=keys)
+        torch.index_select(value, 0, self.rows, out=values)
+        return keys, values
+
+    def compact(self, rows: Sequence[int], slots: Sequence[int], isa: str) -> None:
+        """Write the accepted rows that are not in their place yet into their slots, in all layers."""
+        if not rows:
+            return
+        places = torch.from_numpy(self.layout.first_write[np.asarray(rows)])
+        self.store.write(
+            self.keys[:, places],
+            self.values[:, places],
+            torch.tensor(slots, dtype=torch.int64),
+            isa,
+        )

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tree verification in vLLM's V1 model runner: thin overrides around ``super()``.
+
+One step: the scheduler's draft tokens are matched with the trees that made them, positions become depths, attention
+gets the trees, the stock sampler walks them, the accepted path is compacted, and the draft source builds the next
+trees. A step in which no request has drafts is a stock step.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from vllm.v1.outputs import SamplerOutput
+
+from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
+from vllm_hidden_transfer.engine.settings import Settings
+from vllm_hidden_transfer.engine.sampling import verify
+from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    Base = GPUModelRunner
+else:
+    Base = object
+
+
+class UnusedProposer:
+    """What vLLM's ``custom_class`` method loads. The runner drafts itself, because a custom class sees no hidden
+    states; nothing calls this one's ``propose``."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None: ...
+
+    def load_model(self, target: torch.nn.Module) -> None: ...
+
+    def propose(self, *_: object, **__: object) -> list[list[int]]:
+        raise RuntimeError("hidden_transfer drafts in its model runner, not here")
+
+
+@dataclass
+class Step:
+    """One verification pass: the trees of the batch's requests and where their rows are."""
+
+    trees: list[TokenTree | None]
+    row_starts: list[int]
+    """The first row of each request in this pass, and the end."""
+    root_positions: list[int]
+    """Position of each request's root."""
+    walk: VerificationWalk | None = None
+    attention: CommonAttentionMetadata | None = None
+    """vLLM's own metadata of this pass."""
+
+    def root_row(self, request: int) -> int:
+        tree = self.trees[request]
+        return self.row_starts[request + 1] - 1 - (len(tree) if tree is not None else 0)
+
+    def last_row(self, request: int) -> int:
+        """The row of the last accepted token, whose logits gave the token just sampled."""
+        node = -1 if self.walk is None else self.walk.nodes[request]
+        return self.root_row(request) + node + 1
+
+
+class TreeRunner(Base):
+    """Mixin for a V1 model runner. A subclass names the attention adapter of its device."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.settings = Settings.of(vllm_config)
+        self.draft_source = self.make_draft_source()
+        self.trees: dict[str, TokenTree] = {}
+        self.step = Step([], [0], [])
+        self.use_aux_hidden_state_outputs = self.draft_source.transfer_layer is not None
+        # Near max_model_len stock puts zeros in place of all drafts; ours are cut by the scheduler instead.
+        self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
+
+    # What a device adapter gives.
+
+    def set_trees(self, trees: Sequence[TokenTree | None] | None) -> None:
+        """Hand the trees of the next pass to the attention metadata builder; None for a stock pass."""
+        raise NotImplementedError
+
+    def compact(self, rows: Sequence[int], slots: Sequence[int]) -> None:
+        """Move the keys and values of rows of the last pass into slots of the paged cache."""
+        raise NotImplementedError
+
+    def fit_to_scratch(self, trees: list[TokenTree], first_positions: list[int]) -> list[TokenTree]:
+        """Cut runs off trees that the device could not verify together in one pass."""
+        raise NotImplementedError
+
+    def make_transfer_source(self) -> DraftSource:
+        """The draft source of the checkpoint in the settings."""
+        raise NotImplementedError
+
+    # Overrides.
+
+    def make_draft_source(self) -> DraftSource:
+        if self.settings.draft_source is None:
+            return self.make_transfer_source()
+        module, _, name = self.settings.draft_source.partition(":")
+        return cast(DraftSource, getattr(importlib.import_module(module), name)(self.vllm_config))
+
+    def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
+        layer = self.draft_source.transfer_layer
+        return None if layer is None else (layer,)
+
+    def _prepare_inputs(
+        self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
+        outputs = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self.step = step = self._plan(scheduler_output, num_scheduled_tokens)
+        for request, tree in enumerate(step.trees):
+            if tree is not None and not tree.is_chain:
+                positions = torch.from_numpy(tree.positions(step.root_positions[request]))
+                self.positions[step.root_row(request) : step.row_starts[request + 1]] = (
+                    positions.to(self.positions.device)
+                )
+        self.set_trees(step.trees if any(tree is not None for tree in step.trees) else None)
+        return outputs
+
+    def _plan(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Step:
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        row_starts = [0, *np.cumsum(num_scheduled_tokens).tolist()]
+        computed = self.input_batch.num_computed_tokens_cpu
+        trees: list[TokenTree | None] = []
+        root_positions = []
+        for request, request_id in enumerate(self.input_batch.req_ids):
+            tokens = drafts.get(request_id)
+            trees.append(self._scheduled_tree(request_id, tokens) if tokens else None)
+            num_nodes = len(tokens) if tokens else 0
+            num_rows = int(num_scheduled_tokens[request])
+            root_positions.append(int(computed[request]) + num_rows - 1 - num_nodes)
+        return Step(trees, row_starts, root_positions)
+
+    def _scheduled_tree(self, request_id: str, tokens: list[int]) -> TokenTree:
+        """The request's tree, cut to what was scheduled. Drafts that are not a tree of ours are a chain, which is
+        what vLLM means by them."""
+        tree = self.trees.pop(request_id, None)
+        if tree is not None and tree.tokens[: len(tokens)].tolist() == tokens:
+            return tree.truncated(len(tokens))
+        return TokenTree.chain(tokens)
+
+    def _sample(
+        self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
+        step = self.step
+        if logits is None or not any(tree is not None for tree in step.trees):
+            return super()._sample(logits, None)
+        assert spec_decode_metadata is not None
+        self.input_batch.update_async_output_token_ids()
+        # logits hold the last 1 + drafts rows of each request, one request after the other.
+        sizes = [1 + count for count in spec_decode_metadata.num_draft_tokens]
+        root_rows = np.cumsum([0, *sizes[:-1]]).tolist()
+        verified = verify(
+            self.sampler, logits, self.input_batch.sampling_metadata, step.trees, root_rows
+        )
+        step.walk = verified.walk
+        self._compact_accepted(step, verified.walk)
+        return verified.output
+
+    def _compact_accepted(self, step: Step, walk: VerificationWalk) -> None:
+        rows: list[int] = []
+        slots: list[int] = []
+        table = self.input_batch.block_table[0]
+        for request, tree in enumerate(step.trees):
+            if tree is None:
+                continue
+            path = tree.path(walk.nodes[request]).tolist()
+            for depth, node in enumerate(path, start=1):
+                if node != depth - 1:
+                    position = step.root_positions[request] + depth
+                    block = int(table.block_table.np[request, position // table.block_size])
+                    rows.append(step.root_row(request) + 1 + node)
+                    slots.append(block * table.block_size + position % table.block_size)
+        self.compact(rows, slots)
+
+    def propose_draft_token_ids(  # type: ignore[override]
+        self,
+        scheduler_output: SchedulerOutput,
+        sampled_token_ids: list[list[int]],
+        sampling_metadata: object,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        spec_decode_metadata: object,
+        common_attn_metadata: CommonAttentionMetadata,
+        slot_mappings: object,
+    ) -> list[list[int]]:
+        self.set_trees(None)
+        self.step.attention = common_attn_metadata
+        requests = [request for request, tokens in enumerate(sampled_token_ids) if tokens]
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        if not requests:
+            return drafts
+        lengths = self.input_batch.num_tokens_no_spec
+        hidden = None
+        if aux_hidden_states is not None:
+            hidden = aux_hidden_states[0][[self.step.last_row(request) for request in requests]]
+        batch = DraftBatch(
+            request_ids=[self.input_batch.req_ids[request] for request in requests],
+            batch_rows=np.array(requests),
+            token_ids=[
+                self.input_batch.token_ids_cpu[request, : lengths[request]] for request in requests
+            ],
+            hidden=hidden,
+            budget=min(self.num_spec_tokens, scheduler_output.num_spec_tokens_to_schedule),
+        )
+        trees = [
+            self._for_grammar(request_id, tree)
+            for request_id, tree in zip(
+                batch.request_ids, self.draft_source.propose(batch), strict=True
+            )
+        ]
+        first_positions = [int(lengths[request]) - 1 for request in requests]
+        trees = self.fit_to_scratch(trees, first_positions)
+        for request, request_id, tree in zip(requests, batch.request_ids, trees, strict=True):
+            self.trees[request_id] = tree
+            drafts[request] = tree.tokens.tolist()
+        return drafts
+
+    def _for_grammar(self, request_id: str, tree: TokenTree) -> TokenTree:
+        """vLLM checks drafts against a grammar as a chain, so such a request gets its most probable path."""
+        params = self.requests[request_id].sampling_params
+        if params is not None and params.structured_outputs is not None:
+            return limit_runs(tree, 1)
+        return tree
+
+    def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
+        self.trees.pop(req_id, None)
+        super()._on_request_state_removed(req_id, req_state)

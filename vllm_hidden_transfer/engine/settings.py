@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What reaches the workers: resolved settings, carried in vLLM's ``additional_config``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+METHOD = "hidden_transfer"
+
+
+class Settings(BaseModel):
+    """The plugin's settings for one engine. vLLM hashes them into its compile cache key."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str | None = Field(description="folder of the transfer checkpoint")
+    mismatch: str | None = Field(
+        default=None,
+        description="why the checkpoint may not fit the target, where the user allowed that",
+    )
+    draft_source: str | None = Field(
+        default=None,
+        description="module:Class of another DraftSource in place of the checkpoint's, for tests "
+        "and measurements",
+    )
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Settings:
+        """The settings that ``patches/engine_args.py`` put into this configuration."""
+        additional = vllm_config.additional_config
+        assert isinstance(additional, dict)
+        return cls.model_validate(additional[METHOD])
