@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that every test needs before vLLM is imported, and the targets that tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def random_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 8-layer Llama, standard deviation 0.12, untied."""
+    from tests.support.models import random_llama
+
+    return random_llama(tmp_path_factory.mktemp("target") / "random-llama")
+
+
+@pytest.fixture(scope="session")
+def demo_target() -> Path:
+    """The demo target's folder; ``make target`` makes it."""
+    folder = Path(__file__).parents[1] / "examples" / "smollm2-135m"
+    assert (folder / "model.safetensors").exists(), "run `make target` first"
+    return folder

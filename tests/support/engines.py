@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines for tests: real vLLM in this process, small caches, one at a time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.support import planted
+from tests.support.models import VOCABULARY
+
+PLANTED = "tests.support.planted:PlantedSource"
+CHAIN = "tests.support.planted:ChainSource"
+
+
+@contextmanager
+def engine(model: Path, **options: Any) -> Iterator[Any]:
+    """A ``vllm.LLM`` on tokens, closed on the way out."""
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 1 << 28,
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "block_size": 32,
+        "disable_log_stats": False,
+    }
+    llm = LLM(**{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def planted_options(budget: int, source: str = PLANTED) -> dict[str, Any]:
+    """Engine options that serve with planted drafts."""
+    return {
+        "speculative_config": {"method": "hidden_transfer", "num_speculative_tokens": budget},
+        "additional_config": {"hidden_transfer": {"draft_source": source}},
+    }
+
+
+def random_prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
+    """Prompts of random tokens and lengths."""
+    rng = np.random.default_rng(seed)
+    return [
+        rng.integers(3, VOCABULARY, int(rng.integers(5, longest))).tolist() for _ in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What an engine answered: token ids of each prompt."""
+
+    prompts: Sequence[Sequence[int]]
+    outputs: list[list[int]]
+
+    def plant(self, path: Path, vocabulary: int = VOCABULARY) -> None:
+        """Let planted draft sources know these answers."""
+        sequences = [
+            [*prompt, *output] for prompt, output in zip(self.prompts, self.outputs, strict=True)
+        ]
+        planted.write_answers(path, sequences, vocabulary)
+
+
+def generate(
+    llm: Any, prompts: Sequence[Sequence[int]], *, batched: bool = True, **sampling: Any
+) -> Texts:
+    """Complete the prompts, all at once or one after the other."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        **{"temperature": 0.0, "ignore_eos": True, "detokenize": False, **sampling}
+    )
+    requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    groups = [requests] if batched else [[request] for request in requests]
+    outputs = [
+        list(answer.outputs[0].token_ids)
+        for group in groups
+        for answer in llm.generate(group, params, use_tqdm=False)
+    ]
+    return Texts(prompts, outputs)
+
+
+@dataclass(frozen=True)
+class Counters:
+    """vLLM's speculative counters at one moment."""
+
+    drafts: int
+    draft_tokens: int
+    accepted: int
+    accepted_per_depth: list[int]
+
+    @classmethod
+    def of(cls, llm: Any) -> Counters:
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+        prefix = "vllm:spec_decode_num_"
+        return cls(
+            drafts=metrics[prefix + "drafts"].value,
+            draft_tokens=metrics[prefix + "draft_tokens"].value,
+            accepted=metrics[prefix + "accepted_tokens"].value,
+            accepted_per_depth=list(metrics[prefix + "accepted_tokens_per_pos"].values),
+        )
+
+    def since(self, before: Counters) -> Counters:
+        """The difference to an earlier moment."""
+        return Counters(
+            self.drafts - before.drafts,
+            self.draft_tokens - before.draft_tokens,
+            self.accepted - before.accepted,
+            [
+                now - then
+                for now, then in zip(
+                    self.accepted_per_depth, before.accepted_per_depth, strict=True
+                )
+            ],
+        )
+
+
+def acceptance_length(texts: Texts, counters: Counters) -> float:
+    """Output tokens after the first, per decode pass, over all requests.
+
+    A pass gives its accepted tokens and one more, so passes = tokens after the first - accepted.
+    Drafts that were accepted behind the end of a text make this an estimate within a pass.
+    """
+    tokens = sum(len(output) - 1 for output in texts.outputs)
+    return tokens / max(tokens - counters.accepted, 1)
