@@ -15,6 +15,7 @@ def _install() -> None:
     from vllm.usage.usage_lib import UsageContext
 
     from vllm_hidden_transfer.engine import configuration
+    from vllm_hidden_transfer.engine.settings import METHOD
 
     stock_speculative = EngineArgs.create_speculative_config
     stock_engine = EngineArgs.create_engine_config
@@ -27,7 +28,7 @@ def _install() -> None:
             return stock_speculative(self, target_model_config, target_parallel_config)
         self.additional_config = {
             **self.additional_config,
-            configuration.METHOD: plan.settings.model_dump(),
+            METHOD: plan.settings.model_dump(),
         }
         target_parallel_config.worker_cls = plan.worker_cls
         # On a copy, because vLLM may build a configuration from the same arguments twice.

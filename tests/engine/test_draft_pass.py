@@ -50,7 +50,8 @@ def test_draft_logits_equal_transformers(
     def recording(self: TransferSource, batch: Any) -> torch.Tensor:
         logits = stock(self, batch)
         seen.extend(
-            (tokens.copy(), row.clone()) for tokens, row in zip(batch.token_ids, logits, strict=True)
+            (tokens.copy(), row.clone())
+            for tokens, row in zip(batch.token_ids, logits, strict=True)
         )
         return logits
 

@@ -56,6 +56,8 @@ class PlantedSource:
 
     transfer_layer: int | None = None
     max_path = 6
+    limit: int | None = None
+    """Nodes at most, below the budget; a test sets it on the class."""
 
     def __init__(self, vllm_config: object) -> None:
         self.answers = Answers()
@@ -64,6 +66,9 @@ class PlantedSource:
         self.answers.load()
         return [self.tree(tokens, batch.budget) for tokens in batch.token_ids]
 
+    def describe(self) -> str:
+        return "planted drafts (a test)"
+
     def tree(self, tokens: np.ndarray, budget: int) -> TokenTree:
         """A random tree for one request; the same tokens give the same tree."""
         rng = np.random.default_rng([len(tokens), *tokens[-4:].tolist()])
@@ -71,7 +76,7 @@ class PlantedSource:
         return random_tree_around(truth, self.num_nodes(rng, budget), self.answers.vocabulary, rng)
 
     def num_nodes(self, rng: np.random.Generator, budget: int) -> int:
-        return budget
+        return min(budget, self.limit or budget)
 
 
 class FewerNodesSource(PlantedSource):

@@ -38,3 +38,7 @@ class DraftSource(Protocol):
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         """One tree for each request, possibly empty, with at most ``batch.budget`` nodes."""
         ...
+
+    def describe(self) -> str:
+        """A few words for the banner at start."""
+        ...

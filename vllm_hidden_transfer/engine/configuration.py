@@ -114,7 +114,7 @@ def preferred_block_size(args: EngineArgs) -> Iterator[None]:
     try:
         yield
     finally:
-        args.block_size = None  # type: ignore[assignment]
+        args.block_size = None
 
 
 def _is_checkpoint(model: object) -> bool:

@@ -36,6 +36,7 @@ class TreeCPUModelRunner(TreeRunner, CPUModelRunner):
     """Tree verification and two-pass drafting on the CPU."""
 
     store: KVStore
+    attention_name = "tree paths on CPU_ATTN"
 
     def initialize_kv_cache_tensors(
         self,

@@ -9,17 +9,20 @@ trees. A step in which no request has drafts is a stock step.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
 from vllm.v1.outputs import SamplerOutput
 
 from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
-from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.sampling import verify
+from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs
 
 if TYPE_CHECKING:
@@ -29,9 +32,41 @@ if TYPE_CHECKING:
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    Base = GPUModelRunner
 else:
-    Base = object
+    GPUModelRunner = object  # a mixin: the device's runner class comes after it
+
+
+logger = init_logger("vllm.hidden_transfer")
+
+MISMATCH_BANNER = """
+********************************************************************************
+hidden_transfer: %s.
+allow_target_mismatch is set, so it drafts all the same. The output stays exact;
+expect fewer accepted drafts until maps are trained for this very target.
+********************************************************************************"""
+
+
+def check_structure(model: Any, transfer_layer: int | None) -> None:
+    """Refuse a model whose upper layers cannot be run by hand.
+
+    Raises:
+        ValueError: one sentence that says what is missing.
+    """
+    if transfer_layer is None:
+        return
+    name = type(model).__name__
+    decoder: Any = getattr(model, "model", None)
+    missing = [part for part in ("embed_tokens", "layers", "norm") if not hasattr(decoder, part)]
+    if missing:
+        raise ValueError(
+            f"hidden_transfer does not work with {name}: it has no {', '.join(missing)} to draft with."
+        )
+    parameters = inspect.signature(type(decoder.layers[transfer_layer]).forward).parameters
+    if [*parameters][1:4] != ["positions", "hidden_states", "residual"]:
+        raise ValueError(
+            f"hidden_transfer does not work with {name}: its layers do not take "
+            "(positions, hidden_states, residual)."
+        )
 
 
 class UnusedProposer:
@@ -69,7 +104,7 @@ class Step:
         return self.root_row(request) + node + 1
 
 
-class TreeRunner(Base):
+class TreeRunner(GPUModelRunner):
     """Mixin for a V1 model runner. A subclass names the attention adapter of its device."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -82,7 +117,25 @@ class TreeRunner(Base):
         # Near max_model_len stock puts zeros in place of all drafts; ours are cut by the scheduler instead.
         self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        check_structure(self.model, self.draft_source.transfer_layer)
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info("%s", self._banner())
+            if self.settings.mismatch is not None:
+                logger.warning(MISMATCH_BANNER, self.settings.mismatch)
+
+    def _banner(self) -> str:
+        dtype = str(self.model_config.dtype).removeprefix("torch.")
+        return (
+            f"hidden_transfer is on: {self.draft_source.describe()}, trees of up to {self.num_spec_tokens} nodes, "
+            f"{dtype}, {self.attention_name}, V1 runner"
+        )
+
     # What a device adapter gives.
+
+    attention_name: str
+    """How trees are attended, for the banner."""
 
     def set_trees(self, trees: Sequence[TokenTree | None] | None) -> None:
         """Hand the trees of the next pass to the attention metadata builder; None for a stock pass."""
@@ -182,7 +235,7 @@ class TreeRunner(Base):
                     slots.append(block * table.block_size + position % table.block_size)
         self.compact(rows, slots)
 
-    def propose_draft_token_ids(  # type: ignore[override]
+    def propose_draft_token_ids(
         self,
         scheduler_output: SchedulerOutput,
         sampled_token_ids: list[list[int]],

@@ -36,8 +36,14 @@ class TransferSource:
         self.config, maps = load_checkpoint(checkpoint)
         dtype = runner.model_config.dtype
         self.maps = maps.to(device=runner.device, dtype=dtype).eval().requires_grad_(False)
-        (self.transfer_layer,) = self.config.transfer_layer_ids
+        self.transfer_layer: int | None = self.config.transfer_layer
         self._temperatures = list(self.config.calibration.temperatures)
+
+    def describe(self) -> str:
+        """Mode, k and t."""
+        form = {"token": "token-conditioned", "none": "published"}[self.config.conditioning]
+        steps, layers = self.config.num_transfer_steps, self.config.target.num_hidden_layers
+        return f"two-pass drafts, {form} maps, k = {steps}, t = {self.transfer_layer} of {layers}"
 
     @torch.inference_mode()
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
@@ -92,6 +98,7 @@ class TransferSource:
         positions = firsts[:, None] + np.arange(steps)
         slots = np.take_along_axis(blocks, positions // size, axis=1) * size + positions % size
         starts = torch.arange(0, len(firsts) * steps + 1, steps, dtype=torch.int32)
+        assert runner.step.attention is not None
         common = replace(
             runner.step.attention,
             query_start_loc=starts,
