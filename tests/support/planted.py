@@ -117,3 +117,32 @@ def random_tree_around(
             tokens.append(int(rng.integers(0, vocabulary)))
             parents.append(int(rng.integers(ROOT, len(tokens) - 1)))
     return TokenTree(np.array(tokens, dtype=np.int64), np.array(parents, dtype=np.int64))
+
+
+class GuessingSource:
+    """Random trees over a small vocabulary that know nothing: for statistics, where drafts must not look at the
+    target's random numbers. Siblings repeat, some trees are chains, some are full-width."""
+
+    transfer_layer: int | None = None
+    vocabulary = 8
+
+    def __init__(self, vllm_config: object) -> None:
+        self._rng = np.random.default_rng(99)
+
+    def describe(self) -> str:
+        return "guessed drafts (a test)"
+
+    def propose(self, batch: DraftBatch) -> list[TokenTree]:
+        return [self._tree(batch.budget) for _ in batch.token_ids]
+
+    def _tree(self, budget: int) -> TokenTree:
+        kind = self._rng.integers(0, 3)
+        if kind == 0:
+            return TokenTree.chain(self._rng.integers(0, self.vocabulary, budget))
+        if kind == 1:
+            width = min(budget, self.vocabulary)
+            first = self._rng.permutation(self.vocabulary)[:width]
+            second = self._rng.integers(0, self.vocabulary, budget - width)
+            parents = [*[ROOT] * width, *self._rng.integers(0, width, budget - width)]
+            return TokenTree(np.array([*first, *second]), np.array(parents))
+        return random_tree_around([], budget, self.vocabulary, self._rng)
