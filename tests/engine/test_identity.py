@@ -33,7 +33,9 @@ def references(target: Path, batched_too: bool, **options: Any) -> tuple[Texts, 
     prompts = random_prompts(NUM_PROMPTS)
     with engine(target, **options) as llm:
         batched = generate(llm, prompts, max_tokens=NUM_TOKENS)
-        alone = generate(llm, prompts, batched=False, max_tokens=NUM_TOKENS) if batched_too else None
+        alone = (
+            generate(llm, prompts, batched=False, max_tokens=NUM_TOKENS) if batched_too else None
+        )
     return batched, alone
 
 

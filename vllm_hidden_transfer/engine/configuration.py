@@ -72,7 +72,7 @@ def plan(
             "(the output stays exact)."
         )
     settings = Settings(checkpoint=str(folder), mismatch=mismatch)
-    return Plan(settings, _checked_budget(budget or config.tree.node_budget))
+    return Plan(settings, _checked_budget(config.tree.node_budget if budget is None else budget))
 
 
 def requested(args: EngineArgs) -> dict[str, Any] | None:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways in, and the refusals: all before any weights are loaded, each in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.checkpoints import random_checkpoint
+
+pytestmark = pytest.mark.engine
+
+WORKER = "vllm_hidden_transfer.engine.cpu.HiddenTransferCPUWorker"
+
+
+@pytest.fixture(scope="module")
+def target(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the random target with a checkpoint in its folder."""
+    folder = tmp_path_factory.mktemp("ways") / "target"
+    shutil.copytree(random_target, folder)
+    random_checkpoint(folder / "hidden_transfer", folder)
+    return folder
+
+
+def configure(target: Path | str, **options: Any) -> Any:
+    """vLLM's configuration for these engine arguments."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(model=str(target), skip_tokenizer_init=True, dtype="float32", **options)
+    return args.create_engine_config()
+
+
+def parse(*arguments: str) -> Any:
+    """Engine arguments from a command line, as ``vllm serve`` and ``vllm bench`` make them."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return AsyncEngineArgs.from_cli_args(parser.parse_args([*arguments, "--dtype", "float32"]))
+
+
+def is_ours(config: Any, checkpoint: Path) -> bool:
+    assert config.parallel_config.worker_cls == WORKER
+    settings = config.additional_config["hidden_transfer"]
+    assert Path(settings["checkpoint"]) == checkpoint
+    assert config.speculative_config.method == "custom_class"
+    assert config.cache_config.block_size == 32
+    return True
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--speculative-model", "hidden_transfer"],
+        ["--speculative-model", "{checkpoint}"],
+        ["--spec-method", "hidden_transfer", "--spec-model", "{checkpoint}"],
+        ["--spec-method", "hidden_transfer"],
+        ["--speculative-config", '{{"method":"hidden_transfer","model":"{checkpoint}"}}'],
+        ["--speculative-config", '{{"model":"{checkpoint}"}}'],
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_command_lines(arguments: list[str], target: Path) -> None:
+    checkpoint = target / "hidden_transfer"
+    filled = [argument.format(checkpoint=checkpoint) for argument in arguments]
+    config = parse("--model", str(target), *filled).create_engine_config()
+    assert is_ours(config, checkpoint)
+    assert config.speculative_config.num_speculative_tokens == 8  # the checkpoint's default
+
+
+def test_python_api_and_budget(target: Path) -> None:
+    options = {"method": "hidden_transfer", "num_speculative_tokens": 5}
+    config = configure(target, speculative_config=options)
+    assert is_ours(config, target / "hidden_transfer")
+    assert config.speculative_config.num_speculative_tokens == 5
+
+
+def test_the_same_arguments_twice(target: Path) -> None:
+    """vLLM may build a configuration from the same arguments more than once."""
+    args = parse("--model", str(target), "--speculative-model", "hidden_transfer")
+    for _ in range(2):
+        assert is_ours(args.create_engine_config(), target / "hidden_transfer")
+
+
+def test_other_methods_stay_stock(target: Path) -> None:
+    options = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    config = configure(target, speculative_config=options)
+    assert config.parallel_config.worker_cls != WORKER
+    assert "hidden_transfer" not in config.additional_config
+    assert config.cache_config.block_size != 32
+
+
+def test_a_block_size_of_the_user_stays(target: Path) -> None:
+    config = configure(target, speculative_config={"method": "hidden_transfer"}, block_size=64)
+    assert config.cache_config.block_size == 64
+
+
+REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"num_speculativ_tokens": 4}, {}, "nearest is 'num_speculative_tokens'"),
+    ({"draft_temperature": 1}, {}, "no option 'draft_temperature'"),
+    ({"method": "hidden-transfer"}, {}, "did you mean 'hidden_transfer'"),
+    ({"method": "hiden_transfer"}, {}, "did you mean 'hidden_transfer'"),
+    ({"num_speculative_tokens": 0}, {}, "from 1 to 256, not 0"),
+    ({"num_speculative_tokens": 1000}, {}, "from 1 to 256, not 1000"),
+    ({"num_speculative_tokens": "many"}, {}, "not 'many'"),
+    ({"allow_target_mismatch": "yes"}, {}, "must be true or false"),
+    ({"model": "/nowhere/at/all"}, {}, "no transfer checkpoint at /nowhere/at/all"),
+    ({"model": 3}, {}, "must be the folder"),
+    ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+    ({}, {"spec_method": "hidden_transfer"}, "give one of them"),
+    ({}, {"reasoning_parser": "qwen3"}, "--reasoning-parser"),
+    ({}, {"worker_cls": "some.Worker"}, "--worker-cls"),
+]
+
+
+@pytest.mark.parametrize(("options", "arguments", "sentence"), REFUSALS)
+def test_refusals(
+    options: dict[str, Any], arguments: dict[str, Any], sentence: str, target: Path
+) -> None:
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        configure(target, speculative_config={"method": "hidden_transfer", **options}, **arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_checkpoint_beside_the_target(random_target: Path) -> None:
+    with pytest.raises(ValueError, match="looked for .*hidden_transfer"):
+        configure(random_target, speculative_config={"method": "hidden_transfer"})
+
+
+def test_an_unknown_hub_id_names_the_way_out(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_hidden_transfer.engine.configuration import ConfigurationError, _target_folder
+
+    with pytest.raises(ConfigurationError, match="--speculative-config"):
+        _target_folder("nobody/no-such-model")
+
+
+def test_another_shape_is_refused_with_what_differs(target: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(target / "hidden_transfer", tmp_path / "maps")
+    text = json.loads((checkpoint / "config.json").read_text())
+    text["target"]["vocab_size"] = 1234
+    (checkpoint / "config.json").write_text(json.dumps(text))
+    options = {"method": "hidden_transfer", "model": str(checkpoint)}
+    with pytest.raises(ValueError, match="vocabulary 1234 against the target's 2048"):
+        configure(target, speculative_config=options)
+
+
+def test_other_weights_are_refused_unless_allowed(target: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(target / "hidden_transfer", tmp_path / "maps")
+    text = json.loads((checkpoint / "config.json").read_text())
+    text["target"]["fingerprint"] = "of something else"
+    (checkpoint / "config.json").write_text(json.dumps(text))
+    options = {"method": "hidden_transfer", "model": str(checkpoint)}
+    with pytest.raises(ValueError, match="allow_target_mismatch"):
+        configure(target, speculative_config=options)
+    config = configure(target, speculative_config={**options, "allow_target_mismatch": True})
+    assert "other weights" in config.additional_config["hidden_transfer"]["mismatch"]
+
+
+def test_the_v2_runner_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
+        configure(target, speculative_config={"method": "hidden_transfer"})
