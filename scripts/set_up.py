@@ -141,8 +141,11 @@ def make_venv() -> None:
 
 
 def last_words(error: subprocess.CalledProcessError) -> str:
+    """The first error line of what a step printed and the line after it, else its last lines."""
     lines = [line.strip() for line in str(error.output).splitlines() if line.strip()]
-    return " ".join(lines[-3:]) or f"exit status {error.returncode}"
+    errors = [at for at, line in enumerate(lines) if line.lower().startswith("error")]
+    said = lines[errors[0] : errors[0] + 2] if errors else lines[-2:]
+    return " ".join(said) or f"exit status {error.returncode}"
 
 
 def install(what: str, arguments: list[str], env: Mapping[str, str]) -> None:

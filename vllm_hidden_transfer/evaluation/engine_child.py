@@ -21,8 +21,9 @@ def _reply(pipe: TextIO, **fields: Any) -> None:
 
 class _Engine:
     def __init__(self, llm_kwargs: dict[str, Any]) -> None:
-        from vllm import LLM
+        from vllm import LLM, __version__
 
+        self.version = __version__
         self._llm = LLM(**llm_kwargs)
         self._next_id = 0
 
@@ -86,7 +87,8 @@ def main() -> None:
             if request["op"] == "start":
                 start = time.perf_counter()
                 engine = _Engine(request["llm_kwargs"])
-                _reply(pipe, event="ready", seconds=time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                _reply(pipe, event="ready", seconds=seconds, vllm_version=engine.version)
                 continue
             assert engine is not None
             if request["op"] == "generate":

@@ -138,6 +138,8 @@ class EngineProcess:
         self.name = name
         self.log = log
         self.start_seconds: float | None = None
+        self.vllm_version = ""
+        """Known as soon as the engine is ready."""
         log.parent.mkdir(parents=True, exist_ok=True)
         read_end, write_end = os.pipe()
         with log.open("w") as output:
@@ -187,7 +189,9 @@ class EngineProcess:
     def wait_ready(self, timeout: float = 600.0) -> float:
         """Seconds that the engine took to start; waits for it the first time."""
         if self.start_seconds is None:
-            self.start_seconds = float(self._receive(timeout)["seconds"])
+            ready = self._receive(timeout)
+            self.start_seconds = float(ready["seconds"])
+            self.vllm_version = ready["vllm_version"]
         return self.start_seconds
 
     def generate(

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transfer checkpoint for people's eyes."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from vllm_hidden_transfer.config import TransferConfig
+from vllm_hidden_transfer.transfer import TransferMaps
+
+
+def checkpoint_table(folder: Path, config: TransferConfig, maps: TransferMaps) -> Table:
+    """Everything a user wants to know before serving with it."""
+    target = config.target
+    verifier = config.speculators_config.verifier
+    table = Table(title=str(folder), show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    rows = {
+        "target": f"{verifier.name_or_path} ({', '.join(verifier.architectures)})",
+        "target's shape": f"{target.num_hidden_layers} layers, hidden size {target.hidden_size}, "
+        f"vocabulary {target.vocab_size}",
+        "target's fingerprint": target.fingerprint,
+        "transfer steps k": str(config.num_transfer_steps),
+        "transfer layer t": f"{config.transfer_layer} of {target.num_hidden_layers}",
+        "conditioning": config.conditioning,
+        "temperatures": ", ".join(f"{value:.3f}" for value in config.calibration.temperatures),
+        "node budget": str(config.tree.node_budget),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value, end_section=name == "node budget")
+    total = 0
+    for name, tensor in maps.named_parameters():
+        size = tensor.numel() * tensor.element_size()
+        total += tensor.numel()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        table.add_row(name, f"{list(tensor.shape)} {dtype}, {size / 1e6:.1f} MB")
+    table.add_row("parameters", f"{total / 1e6:.2f} million")
+    return table
