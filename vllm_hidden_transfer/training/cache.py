@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The corpus and its prefix cache: what the frozen target says about every token, kept on disk.
+
+The target never changes, so its keys, values, hidden states and next-token distributions are
+computed once for the whole corpus. About 10 KB a token for the demo target (fp16), memory mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
+from vllm_hidden_transfer.transfer import write_atomically
+
+TEACHER_WIDTH = 64
+"""Most probable tokens kept of the target's own distribution; they hold 99% of it or more."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence of the corpus; positions from `start` on are to be learnt."""
+
+    id: str
+    kind: str
+    temperature: float
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer."""
+        return self.prompt + self.answer
+
+    @property
+    def digest(self) -> str:
+        """Short hash of the token ids."""
+        return hashlib.sha256(json.dumps([self.prompt, self.answer]).encode()).hexdigest()[:16]
+
+
+def read_examples(path: str | Path, min_answer: int = 8, max_tokens: int = 768) -> list[Example]:
+    """Examples of a JSONL file, in its order; too short or too long ones are left out."""
+    examples = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):  # a line still being written is not there yet
+                example = Example(**json.loads(line))
+                if len(example.answer) >= min_answer and len(example.tokens) <= max_tokens:
+                    examples.append(example)
+    return examples
+
+
+def is_held_out(example: Example, one_in: int = 20) -> bool:
+    """Whether an example is for calibration and judging, decided by its id alone."""
+    return hashlib.sha256(example.id.encode()).digest()[0] % one_in == 0
+
+
+class PrefixCache:
+    """Append-only arrays over all tokens of the corpus, one after another, and their offsets."""
+
+    _ARRAYS = ("hidden", "keys", "values", "teacher_ids", "teacher_probs")
+
+    def __init__(self, folder: str | Path, target: FrozenTarget, fingerprint: str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        heads = (target.num_upper_layers, target.num_kv_heads, target.head_dim)
+        self._widths: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+            "hidden": (np.float16, (target.hidden_size,)),
+            "keys": (np.float16, heads),
+            "values": (np.float16, heads),
+            "teacher_ids": (np.int32, (TEACHER_WIDTH,)),
+            "teacher_probs": (np.float16, (TEACHER_WIDTH,)),
+        }
+        about = {"fingerprint": fingerprint, "layer": target.transfer_layer, "version": 1}
+        marker = self.folder / "about.json"
+        if not marker.exists() or json.loads(marker.read_text()) != about:
+            for name in (*self._ARRAYS, "index"):
+                (self.folder / name).unlink(missing_ok=True)
+            write_atomically(marker, json.dumps(about).encode())
+        self.digests: dict[str, int] = {}
+        self.offsets: list[int] = [0]
+        self._read_index()
+        self._open()
+
+    def fill(self, target: FrozenTarget, examples: Iterable[Example]) -> Iterator[Example]:
+        """Run the target over the examples that are missing; yields each one that is done."""
+        files = {name: (self.folder / name).open("ab") for name in self._ARRAYS}
+        try:
+            with (self.folder / "index").open("a") as index:
+                for example in examples:
+                    if example.digest in self.digests:
+                        continue
+                    arrays = self._compute(target, example)
+                    for name, file in files.items():
+                        file.write(arrays[name].tobytes())
+                        file.flush()
+                    index.write(f"{example.digest} {len(example.tokens)}\n")
+                    index.flush()
+                    self._add(example.digest, len(example.tokens))
+                    yield example
+        finally:
+            for file in files.values():
+                file.close()
+            self._open()
+
+    def span(self, example: Example) -> slice:
+        """Where the example's tokens lie in the arrays."""
+        number = self.digests[example.digest]
+        return slice(self.offsets[number], self.offsets[number + 1])
+
+    def array(self, name: str) -> NDArray[np.generic]:
+        """A whole array [tokens of the corpus, ...], memory mapped."""
+        return self._maps[name]
+
+    def read(self, name: str, example: Example, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One example's part [n, ...] of an array, as a tensor of `dtype`."""
+        return torch.from_numpy(np.array(self._maps[name][self.span(example)])).to(dtype)
+
+    def prefixes(self, examples: Sequence[Example]) -> SharedPrefixes:
+        """The upper layers' keys and values of some examples, padded to the longest."""
+        length = max(len(example.tokens) for example in examples)
+        parts = []
+        for name in ("keys", "values"):
+            layers, heads, dim = self._widths[name][1]
+            part = torch.zeros(len(examples), layers, length, heads, dim)
+            for row, example in enumerate(examples):
+                part[row, :, : len(example.tokens)] = self.read(name, example).transpose(0, 1)
+            parts.append(part)
+        return SharedPrefixes(*parts)
+
+    def _compute(self, target: FrozenTarget, example: Example) -> dict[str, NDArray[np.generic]]:
+        prefix = target.prefix(torch.tensor(example.tokens))
+        length = len(example.tokens)
+        # Only positions from the last prompt token on are ever taught.
+        start = len(example.prompt) - 1
+        ids = torch.zeros(length, TEACHER_WIDTH, dtype=torch.int32)
+        probs = torch.zeros(length, TEACHER_WIDTH)
+        logits = prefix.final[start:] @ target.head_weight.T
+        top, top_ids = logits.topk(TEACHER_WIDTH, dim=-1)
+        ids[start:] = top_ids.int()
+        probs[start:] = (top - logits.logsumexp(-1, keepdim=True)).exp()
+        tensors = {
+            "hidden": prefix.hidden,
+            "keys": prefix.keys.transpose(0, 1),
+            "values": prefix.values.transpose(0, 1),
+            "teacher_ids": ids,
+            "teacher_probs": probs,
+        }
+        arrays = {
+            name: tensor.contiguous().numpy().astype(self._widths[name][0])
+            for name, tensor in tensors.items()
+        }
+        for name in ("hidden", "keys", "values"):
+            if not np.isfinite(arrays[name]).all():
+                raise ValueError(f"{name} of {example.id} do not fit into fp16")
+        return arrays
+
+    def _add(self, digest: str, length: int) -> None:
+        self.digests[digest] = len(self.offsets) - 1
+        self.offsets.append(self.offsets[-1] + length)
+
+    def _read_index(self) -> None:
+        """Read the index and cut every array to it: a killed run may have written too far."""
+        index = self.folder / "index"
+        if index.exists():
+            lines = [
+                line.split()
+                for line in index.read_text().splitlines(keepends=True)
+                if line.endswith("\n")
+            ]
+            for digest, length in lines:
+                self._add(digest, int(length))
+            index.write_text("".join(f"{digest} {length}\n" for digest, length in lines))
+        for name in self._ARRAYS:
+            path = self.folder / name
+            path.touch()
+            with path.open("r+b") as file:
+                file.truncate(self.offsets[-1] * self._row_bytes(name))
+
+    def _row_bytes(self, name: str) -> int:
+        dtype, shape = self._widths[name]
+        return np.dtype(dtype).itemsize * int(np.prod(shape))
+
+    def _open(self) -> None:
+        self._maps: dict[str, NDArray[np.generic]] = {}
+        for name, (dtype, shape) in self._widths.items():
+            full = (self.offsets[-1], *shape)
+            self._maps[name] = (
+                np.memmap(self.folder / name, dtype=dtype, mode="r", shape=full)
+                if self.offsets[-1]
+                else np.zeros(full, dtype=dtype)
+            )

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the maps learn: the target's own next-token distribution at the pseudo rows' positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_hidden_transfer.training.cache import Example, PrefixCache
+from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
+
+_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one optimiser step: b sequences, r roots each, k rows a root."""
+
+    hidden: Tensor
+    """fp32 [b, r, d]: the residual stream entering layer t at each root."""
+    token_embedding: Tensor
+    """fp32 [b, r, d]: input embedding of the token at root + 1."""
+    roots: Tensor
+    """int64 [b, r]."""
+    prefixes: SharedPrefixes
+    teacher_ids: Tensor
+    """int64 [b, r, k, width]: the target's most probable tokens at each row's position."""
+    teacher_probs: Tensor
+    """fp32 [b, r, k, width], summing to 1; zero where `valid` is not."""
+    next_tokens: Tensor
+    """int64 [b, r, k]: the token that follows each row in the corpus."""
+    valid: Tensor
+    """bool [b, r, k]: the row lies inside its sequence."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The part of the vocabulary that one step's softmax runs over.
+
+    The LM head is half of a row's cost. The tokens that the target ever finds likely on the corpus
+    are always in; a random sample stands for the rest, its logits raised by log(rest / sample), so
+    that the partition function has the right expectation.
+    """
+
+    head: Tensor
+    """[c, d]: their rows of the LM head."""
+    bias: Tensor
+    """[c]: what is added to their logits."""
+    places: Tensor
+    """int64 [vocabulary]: token to candidate; -1 where it is none."""
+
+    @classmethod
+    def everything(cls, head: Tensor) -> Candidates:
+        """The whole vocabulary: the exact loss."""
+        return cls(head, head.new_zeros(len(head)), torch.arange(len(head)))
+
+    @classmethod
+    def sample(cls, head: Tensor, core: Tensor, count: int, rng: np.random.Generator) -> Candidates:
+        """All of `core` (token ids) and `count` random others."""
+        others = np.ones(len(head), dtype=bool)
+        others[core.numpy()] = False
+        rest = np.flatnonzero(others)
+        count = min(count, len(rest))
+        drawn = torch.from_numpy(rng.choice(rest, size=count, replace=False))
+        tokens = torch.cat([core, drawn])
+        bias = head.new_zeros(len(tokens))
+        if count:
+            bias[len(core) :] = float(np.log(len(rest) / count))
+        places = torch.full((len(head),), -1, dtype=torch.int64)
+        places[tokens] = torch.arange(len(tokens))
+        return cls(head[tokens], bias, places)
+
+
+def likely_tokens(cache: PrefixCache, examples: list[Example], width: int = 8) -> Tensor:
+    """Token ids (ascending) among the target's `width` most probable at any taught position."""
+    seen = [
+        np.unique(
+            cache.read("teacher_ids", example, torch.int64)[len(example.prompt) - 1 :, :width]
+        )
+        for example in examples
+    ]
+    return torch.from_numpy(np.unique(np.concatenate(seen)))
+
+
+def collect_rows(
+    cache: PrefixCache,
+    target: FrozenTarget,
+    examples: list[Example],
+    roots: list[list[int]],
+    steps: int,
+) -> Rows:
+    """Rows for the given roots (equally many for every example) of cached examples."""
+    root_ids = torch.tensor(roots)
+    offsets = torch.arange(1, steps + 1)
+    hidden, conditioning, next_tokens, valid, ids, probs = [], [], [], [], [], []
+    for row, example in enumerate(examples):
+        tokens = torch.tensor(example.tokens)
+        last = len(tokens) - 1
+        positions = root_ids[row][:, None] + offsets
+        valid.append(positions < last)  # the last token has no successor in the corpus
+        positions = positions.clamp(max=last)
+        hidden.append(cache.read("hidden", example)[root_ids[row]])
+        conditioning.append(tokens[root_ids[row] + 1])
+        next_tokens.append(tokens[(positions + 1).clamp(max=last)])
+        ids.append(cache.read("teacher_ids", example, torch.int64)[positions])
+        probs.append(cache.read("teacher_probs", example)[positions])
+    inside = torch.stack(valid)
+    teacher = torch.stack(probs)
+    # The kept tokens hold nearly all of the mass; what is left out is spread over them.
+    teacher = teacher / teacher.sum(-1, keepdim=True).clamp_min(1e-9)
+    return Rows(
+        hidden=torch.stack(hidden),
+        token_embedding=target.embed(torch.stack(conditioning)),
+        roots=root_ids,
+        prefixes=cache.prefixes(examples),
+        teacher_ids=torch.stack(ids),
+        teacher_probs=teacher * inside[..., None],
+        next_tokens=torch.stack(next_tokens),
+        valid=inside,
+    )
+
+
+def draw_roots(rng: np.random.Generator, example: Example, count: int) -> list[int]:
+    """Distinct random roots at which the target has just sampled an answer token."""
+    # Root r drafts for r + 2 onwards; the last root that has one row inside is length - 3.
+    first, last = max(len(example.prompt) - 1, 1), len(example.tokens) - 3
+    available = last - first + 1
+    chosen = rng.choice(available, size=min(count, available), replace=False)
+    if available < count:
+        chosen = np.concatenate([chosen, rng.integers(available, size=count - available)])
+    return sorted((chosen + first).tolist())
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Weighted KL(teacher || softmax(hidden W^T)), summed over rows; W has no gradient.
+
+    The gradient is taken chunk by chunk in the forward pass: one [chunk, vocabulary] buffer
+    instead of several [rows, vocabulary] ones.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor,
+        teacher_ids: Tensor,
+        teacher_probs: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradient = torch.empty_like(hidden)
+        losses = torch.empty(len(hidden))
+        tops = torch.empty(len(hidden), dtype=torch.int64)
+        for start in range(0, len(hidden), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            logits = torch.addmm(bias, hidden[part], head.T)
+            ids, probs = teacher_ids[part], teacher_probs[part]
+            best, tops[part] = logits.max(dim=-1)
+            picked = logits.gather(1, ids)
+            student = logits.sub_(best[:, None]).exp_()
+            total = student.sum(dim=-1)
+            log_student = picked - (best + total.log())[:, None]
+            losses[part] = (probs * (probs.clamp_min(1e-12).log() - log_student)).sum(-1)
+            student.div_(total[:, None]).scatter_add_(1, ids, -probs)
+            gradient[part] = (student @ head) * weights[part, None]
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(losses, tops)
+        return (losses * weights).sum(), losses, tops
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One step's loss, and its parts for the log."""
+
+    total: Tensor
+    kl: Tensor
+    """[k]: mean KL at each depth."""
+    agreement: Tensor
+    """[k]: share of rows whose most probable token is the target's."""
+
+
+def transfer_loss(
+    target: FrozenTarget,
+    pseudo: Tensor,
+    rows: Rows,
+    step_weights: Tensor,
+    candidates: Candidates | None = None,
+) -> Loss:
+    """KL from the target to the drafts, step i weighted by ``step_weights[i]``.
+
+    Args:
+        target: the frozen target.
+        pseudo: [b, r, k, d], the maps' output.
+        rows: what the rows attend to and should predict.
+        step_weights: [k].
+        candidates: the tokens to normalise over; all of them unless given.
+    """
+    if candidates is None:
+        candidates = Candidates.everything(target.head_weight)
+    places = candidates.places[rows.teacher_ids]
+    probs = rows.teacher_probs * (places >= 0)
+    probs = probs / probs.sum(-1, keepdim=True).clamp_min(1e-9)
+    final = target.run_rows(pseudo, rows.roots, rows.prefixes)
+    weights = rows.valid * step_weights
+    weights = weights / weights.sum().clamp_min(1e-9)
+    total, losses, tops = _HeadLoss.apply(
+        final.flatten(0, 2),
+        candidates.head,
+        candidates.bias,
+        places.clamp_min(0).flatten(0, 2),
+        probs.flatten(0, 2),
+        weights.flatten(),
+    )
+    counts = rows.valid.flatten(0, 1).sum(0).clamp_min(1)
+    agree = (tops == places[..., 0].flatten()).view(rows.valid.shape) & rows.valid
+    kl = (losses.view(rows.valid.shape) * rows.valid).flatten(0, 1).sum(0) / counts
+    return Loss(total=total, kl=kl, agreement=agree.flatten(0, 1).sum(0) / counts)

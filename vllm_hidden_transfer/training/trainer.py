@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: AdamW on the maps, exactly resumable, with a progress bar and a JSONL log."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from vllm_hidden_transfer.training.cache import Example, PrefixCache
+from vllm_hidden_transfer.training.objective import (
+    Candidates,
+    Rows,
+    collect_rows,
+    draw_roots,
+    likely_tokens,
+    transfer_loss,
+)
+from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.transfer import TransferMaps, write_atomically
+
+STATE_FILE = "state.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TrainingConfig(BaseModel):
+    """Settings of one run. Two runs with the same settings and corpus are the same run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: PositiveInt = 600
+    sequences: PositiveInt = 16
+    roots: PositiveInt = 10
+    learning_rate: PositiveFloat = 5e-4
+    embedding_scale: PositiveFloat = 16.0
+    """Learning rate of the embedding's maps over that of the state's: embeddings are smaller."""
+    warmup: int = 20
+    final_rate: float = 0.05
+    step_decay: PositiveFloat = 0.8
+    clip: PositiveFloat = 1.0
+    negatives: int = 2048
+    """Tokens that stand for the unlikely part of the vocabulary; -1 takes all of it."""
+    seed: int = 20261121
+    save_seconds: PositiveFloat = 120.0
+    log_every: PositiveInt = 10
+
+
+class InterruptedTraining(Exception):  # noqa: N818  no error
+    """SIGTERM or SIGINT came; the state is saved."""
+
+
+class Trainer:
+    """Trains maps against a frozen target on a cached corpus; state and log live in `folder`."""
+
+    def __init__(
+        self,
+        target: FrozenTarget,
+        cache: PrefixCache,
+        examples: list[Example],
+        maps: TransferMaps,
+        config: TrainingConfig,
+        folder: str | Path,
+    ) -> None:
+        if not examples:
+            raise ValueError("there are no training examples")
+        self.target, self.cache, self.examples = target, cache, examples
+        self.maps, self.config = maps.float().requires_grad_(True), config
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.step = 0
+        self._core = likely_tokens(cache, examples)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [parameter], "scale": self._scale(name)}
+                for name, parameter in maps.named_parameters()
+            ],
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+        )
+        self._stop = False
+        self._load_state()
+
+    def batch(self, step: int) -> Rows:
+        """The rows of a step, a function of seed and step alone: that makes resuming exact."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, step])
+        chosen = []
+        for slot in range(step * config.sequences, (step + 1) * config.sequences):
+            epoch, place = divmod(slot, len(self.examples))
+            order = np.random.default_rng([config.seed, 1 << 20, epoch])
+            chosen.append(self.examples[order.permutation(len(self.examples))[place]])
+        roots = [draw_roots(rng, example, config.roots) for example in chosen]
+        return collect_rows(self.cache, self.target, chosen, roots, self.maps.num_steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to `final_rate` of the peak."""
+        config = self.config
+        warm = min(1.0, (step + 1) / max(config.warmup, 1))
+        done = min(1.0, step / max(config.steps, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return config.learning_rate * warm * (config.final_rate + (1 - config.final_rate) * cosine)
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimiser step; returns what the log gets."""
+        rows = self.batch(self.step)
+        config = self.config
+        pseudo = self.maps(rows.hidden.flatten(0, 1), rows.token_embedding.flatten(0, 1))
+        pseudo = pseudo.unflatten(0, rows.roots.shape)
+        decay = config.step_decay ** torch.arange(pseudo.shape[2], dtype=torch.float32)
+        loss = transfer_loss(self.target, pseudo, rows, decay, self._candidates())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        norm = nn.utils.clip_grad_norm_(self.maps.parameters(), config.clip)
+        rate = self.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.optimizer.step()
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": float(loss.total.detach()),
+            "kl": [round(float(x), 4) for x in loss.kl],
+            "agreement": [round(float(x), 4) for x in loss.agreement],
+            "rate": rate,
+            "gradient_norm": float(norm),
+        }
+
+    def _candidates(self) -> Candidates:
+        head = self.target.head_weight
+        if self.config.negatives < 0:
+            return Candidates.everything(head)
+        rng = np.random.default_rng([self.config.seed, self.step, 1])
+        return Candidates.sample(head, self._core, self.config.negatives, rng)
+
+    def run(self, on_log: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Train to the last step.
+
+        Raises:
+            InterruptedTraining: after SIGTERM or SIGINT; running again goes on at the same step.
+        """
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeRemainingColumn(),
+        )
+        saved, window = time.monotonic(), []
+        started = time.monotonic()
+        with self._signals(), Progress(*columns) as progress:
+            task = progress.add_task(
+                "training", total=self.config.steps, completed=self.step, loss=float("nan")
+            )
+            while self.step < self.config.steps:
+                record = self.train_step()
+                window.append(record)
+                recent = sum(r["loss"] for r in window) / len(window)
+                progress.update(task, completed=self.step, loss=recent)
+                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+                    entry = _mean(window) | {"seconds": round(time.monotonic() - started, 1)}
+                    self._log(entry)
+                    if on_log is not None:
+                        on_log(entry)
+                    window.clear()
+                if time.monotonic() - saved > self.config.save_seconds or self._stop:
+                    self.save_state()
+                    saved = time.monotonic()
+                if self._stop:
+                    raise InterruptedTraining(f"stopped at step {self.step}; the state is saved")
+        self.save_state()
+
+    def save_state(self) -> None:
+        """Write step, maps and optimiser state (safetensors, all or nothing)."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.maps.named_parameters():
+            tensors[name] = parameter.detach()
+            state = self.optimizer.state.get(parameter, {})
+            for part in _MOMENTS:
+                if part in state:
+                    tensors[f"{name}.{part}"] = state[part]
+        about = {"step": str(self.step), "config": self.config.model_dump_json()}
+        write_atomically(self.folder / STATE_FILE, save(tensors, metadata=about))
+
+    def _load_state(self) -> None:
+        path = self.folder / STATE_FILE
+        if not path.exists():
+            return
+        with safe_open(str(path), framework="pt") as file:
+            about = file.metadata()
+            if about["config"] != self.config.model_dump_json():
+                raise ValueError(
+                    f"{path} belongs to a run with other settings: use another folder or remove it"
+                )
+            self.step = int(about["step"])
+            names = set(file.keys())
+            for name, parameter in self.maps.named_parameters():
+                with torch.no_grad():
+                    parameter.copy_(file.get_tensor(name))
+                if f"{name}.{_MOMENTS[0]}" in names:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(float(self.step)),
+                        **{part: file.get_tensor(f"{name}.{part}") for part in _MOMENTS},
+                    }
+
+    def _scale(self, name: str) -> float:
+        return self.config.embedding_scale if name == "token_weight" else 1.0
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(signum: int, frame: FrameType | None) -> None:
+            self._stop = True
+
+        previous = {
+            number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _mean(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last record with its figures averaged over all."""
+    entry = dict(records[-1])
+    for name in ("loss", "kl", "agreement", "gradient_norm"):
+        entry[name] = np.round(np.mean([record[name] for record in records], axis=0), 4).tolist()
+    return entry
