@@ -127,7 +127,7 @@ def test_refusals(
 
 
 def test_no_checkpoint_beside_the_target(random_target: Path) -> None:
-    with pytest.raises(ValueError, match="looked for .*hidden_transfer"):
+    with pytest.raises(ValueError, match=r"looked for .*hidden_transfer"):
         configure(random_target, speculative_config={"method": "hidden_transfer"})
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.support import planted
 from tests.support.engines import (
     Counters,
     Texts,
@@ -22,6 +21,7 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
+from vllm_hidden_transfer.evaluation import planted
 
 pytestmark = pytest.mark.engine
 
@@ -112,7 +112,7 @@ def test_any_number_of_nodes_fits_a_budget(random_target: Path, tmp_path: Path) 
     """A source may return fewer nodes than the budget, none included."""
     batched, _ = references(random_target, False, **CHUNKED)
     batched.plant(tmp_path / "answers.json")
-    source = "tests.support.planted:FewerNodesSource"
+    source = "vllm_hidden_transfer.evaluation.planted:FewerNodesSource"
     with engine(random_target, **CHUNKED, **planted_options(16, source)) as llm:
         texts = generate(llm, batched.prompts, max_tokens=NUM_TOKENS)
         counters = Counters.of(llm)

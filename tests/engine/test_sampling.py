@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.support import planted
 from tests.support.engines import (
     Counters,
     Texts,
@@ -17,6 +16,7 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
+from vllm_hidden_transfer.evaluation import planted
 
 pytestmark = pytest.mark.engine
 

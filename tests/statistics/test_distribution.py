@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.engines import Counters, engine
 from tests.support.models import random_llama
-from tests.support.planted import GuessingSource
+from vllm_hidden_transfer.evaluation.planted import GuessingSource
 
 pytestmark = pytest.mark.engine
 
@@ -55,7 +55,9 @@ def test_sampled_texts_are_the_targets(tmp_path: Path) -> None:
     options = {
         "speculative_config": {"method": "hidden_transfer", "num_speculative_tokens": 10},
         "additional_config": {
-            "hidden_transfer": {"draft_source": "tests.support.planted:GuessingSource"}
+            "hidden_transfer": {
+                "draft_source": "vllm_hidden_transfer.evaluation.planted:GuessingSource"
+            }
         },
     }
     with engine(target, max_num_seqs=128, **options) as llm:

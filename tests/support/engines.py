@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.support import planted
 from tests.support.models import VOCABULARY
+from vllm_hidden_transfer.evaluation import planted
 
-PLANTED = "tests.support.planted:PlantedSource"
-CHAIN = "tests.support.planted:ChainSource"
+PLANTED = "vllm_hidden_transfer.evaluation.planted:PlantedSource"
 
 
 @contextmanager

@@ -159,7 +159,7 @@ class TreeRunner(GPUModelRunner):
         if self.settings.draft_source is None:
             return self.make_transfer_source()
         module, _, name = self.settings.draft_source.partition(":")
-        return cast(DraftSource, getattr(importlib.import_module(module), name)(self.vllm_config))
+        return cast(DraftSource, getattr(importlib.import_module(module), name)(self))
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
         layer = self.draft_source.transfer_layer

@@ -25,8 +25,8 @@ class Settings(BaseModel):
     )
     draft_source: str | None = Field(
         default=None,
-        description="module:Class of another DraftSource in place of the checkpoint's, for tests "
-        "and measurements",
+        description="module:Class of another DraftSource, made with the runner, in place of the "
+        "checkpoint's: for tests and measurements",
     )
 
     @classmethod
