@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,20 +171,20 @@ class PrefixCache:
     def _read_index(self) -> None:
         """Read the index and cut every array to it: a killed run may have written too far."""
         index = self.folder / "index"
-        if index.exists():
-            lines = [
-                line.split()
-                for line in index.read_text().splitlines(keepends=True)
-                if line.endswith("\n")
-            ]
-            for digest, length in lines:
-                self._add(digest, int(length))
-            index.write_text("".join(f"{digest} {length}\n" for digest, length in lines))
+        index.touch()
+        text = index.read_text()
+        kept = text[: text.rfind("\n") + 1]
+        for line in kept.splitlines():
+            digest, length = line.split()
+            self._add(digest, int(length))
+        if kept != text:
+            index.write_text(kept)
         for name in self._ARRAYS:
             path = self.folder / name
             path.touch()
-            with path.open("r+b") as file:
-                file.truncate(self.offsets[-1] * self._row_bytes(name))
+            size = self.offsets[-1] * self._row_bytes(name)
+            if path.stat().st_size != size:
+                os.truncate(path, size)
 
     def _row_bytes(self, name: str) -> int:
         dtype, shape = self._widths[name]
