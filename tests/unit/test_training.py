@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on a tiny random Llama: masking, cache, ridge, loss, exact resuming, calibration."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_hidden_transfer.evaluation.offline import (
+    TEMPERATURES,
+    Drafts,
+    calibrate,
+    draft,
+    walk,
+)
+from vllm_hidden_transfer.training.cache import Example, PrefixCache, read_examples
+from vllm_hidden_transfer.training.objective import (
+    Candidates,
+    collect_rows,
+    draw_roots,
+    transfer_loss,
+)
+from vllm_hidden_transfer.training.ridge import Moments, collect_moments, ridge_maps
+from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
+from vllm_hidden_transfer.training.trainer import (
+    STATE_FILE,
+    InterruptedTraining,
+    Trainer,
+    TrainingConfig,
+)
+from vllm_hidden_transfer.transfer import TransferMaps
+
+LAYER, STEPS, SIZE, VOCABULARY = 2, 3, 32, 101
+
+
+@pytest.fixture(scope="module")
+def target() -> FrozenTarget:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=SIZE,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=0.12,
+    )
+    return FrozenTarget(LlamaForCausalLM(config), LAYER)
+
+
+@pytest.fixture(scope="module")
+def examples(target: FrozenTarget) -> list[Example]:
+    """Answers that the tiny target gives itself, greedily."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(6):
+        prompt = rng.integers(0, VOCABULARY, size=4 + number).tolist()
+        tokens = list(prompt)
+        for _ in range(24 + number):
+            tokens.append(
+                int((target.prefix(torch.tensor(tokens)).final[-1] @ target.head_weight.T).argmax())
+            )
+        made.append(Example(str(number), "chat", 0.0, prompt, tokens[len(prompt) :]))
+    return made
+
+
+@pytest.fixture
+def cache(tmp_path: Path, target: FrozenTarget, examples: list[Example]) -> PrefixCache:
+    cache = PrefixCache(tmp_path / "cache", target, "fingerprint")
+    assert len(list(cache.fill(target, examples))) == len(examples)
+    return cache
+
+
+def test_true_states_give_the_frozen_logits(target: FrozenTarget) -> None:
+    """The masking is right if the upper layers cannot tell true states from pseudo states."""
+    torch.manual_seed(1)
+    sequences = [torch.randint(0, VOCABULARY, (n,)) for n in (30, 21)]
+    prefixes = [target.prefix(tokens) for tokens in sequences]
+    roots = torch.tensor([[0, 7, 26], [17, 2, 2]])
+    length = max(len(tokens) for tokens in sequences)
+
+    def padded(part: torch.Tensor) -> torch.Tensor:
+        full = torch.full((part.shape[0], length, *part.shape[2:]), 7.0)  # padding must not matter
+        full[:, : part.shape[1]] = part
+        return full
+
+    shared = SharedPrefixes(
+        torch.stack([padded(p.keys) for p in prefixes]),
+        torch.stack([padded(p.values) for p in prefixes]),
+    )
+    places = roots[:, :, None] + torch.arange(1, STEPS + 1)
+    true = torch.stack([p.hidden[at] for p, at in zip(prefixes, places, strict=True)])
+    expected = torch.stack([p.final[at] for p, at in zip(prefixes, places, strict=True)])
+    final = target.run_rows(true, roots, shared)
+    difference = (final - expected) @ target.head_weight.T
+    assert difference.abs().max() < 1e-4
+    # And a later row sees the earlier ones of its own root, no others.
+    changed = true.clone()
+    changed[0, 1, 0] += 1.0
+    moved = (target.run_rows(changed, roots, shared) - final).abs().amax(-1) > 1e-6
+    assert moved[0, 1].all()
+    assert moved.sum() == STEPS
+
+
+def test_other_families_are_refused() -> None:
+    class Other:
+        class config:  # noqa: N801
+            model_type = "mamba"
+
+    with pytest.raises(ValueError, match="mamba"):
+        FrozenTarget(Other(), 0)
+
+
+def test_cache_survives_a_kill_and_grows(
+    tmp_path: Path, target: FrozenTarget, examples: list[Example]
+) -> None:
+    folder = tmp_path / "cache"
+    first = PrefixCache(folder, target, "fingerprint")
+    list(first.fill(target, examples[:3]))
+    with (folder / "keys").open("ab") as file:
+        file.write(b"half a sequence")
+    with (folder / "index").open("a") as file:
+        file.write("0123456789abcdef 1")  # no newline: not finished
+    second = PrefixCache(folder, target, "fingerprint")
+    assert [e.id for e in second.fill(target, examples)] == ["3", "4", "5"]
+    for example in examples:
+        prefix = target.prefix(torch.tensor(example.tokens))
+        torch.testing.assert_close(
+            second.read("hidden", example), prefix.hidden, rtol=1e-2, atol=1e-2
+        )
+        torch.testing.assert_close(
+            second.read("keys", example), prefix.keys.transpose(0, 1), rtol=1e-2, atol=1e-2
+        )
+    other = PrefixCache(folder, target, "another target")
+    assert not other.digests
+
+
+def test_read_examples_leaves_out_unfinished_lines(tmp_path: Path) -> None:
+    line = {"id": "a", "kind": "chat", "temperature": 0.0, "prompt": [1], "answer": [2] * 9}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(line) + "\n" + json.dumps(line | {"answer": [2]}) + "\n" + '{"id"')
+    assert [e.id for e in read_examples(path)] == ["a"]
+
+
+def test_draw_roots_stay_in_the_answer(examples: list[Example]) -> None:
+    rng = np.random.default_rng(0)
+    for example in examples:
+        for count in (5, 100):
+            roots = draw_roots(rng, example, count)
+            assert len(roots) == count
+            assert min(roots) >= len(example.prompt) - 1
+            assert max(roots) <= len(example.tokens) - 3
+
+
+def test_ridge_recovers_a_planted_map() -> None:
+    torch.manual_seed(0)
+    size, steps = 6, 2
+    planted, token = torch.randn(steps, size, size), torch.randn(steps, size, size)
+    # Features of very different scale, as in a residual stream.
+    hidden = torch.randn(4000, size) * torch.tensor([100.0, 10.0, 1.0, 1.0, 0.1, 5.0])
+    embedding = torch.randn(4000, size) * 0.05
+    future = torch.einsum("kij,nj->nki", planted, hidden)
+    future = future + torch.einsum("kij,nj->nki", token, embedding)
+    moments = Moments.zeros(size, steps)
+    moments.add(hidden, embedding, future)
+    maps = ridge_maps(moments, size, "token", strength=1e-9)
+    assert maps.token_weight is not None
+    torch.testing.assert_close(maps.weight.detach(), planted, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(maps.token_weight.detach(), token, rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match="no roots"):
+        ridge_maps(Moments.zeros(size, steps), size, "token")
+
+
+def test_loss_and_gradient_equal_plain_kl(
+    target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    rows = collect_rows(cache, target, examples[:2], [[8, 20], [9, 26]], STEPS)
+    torch.manual_seed(0)
+    pseudo = torch.randn(2, 2, STEPS, SIZE, requires_grad=True)
+    weights = torch.tensor([1.0, 0.8, 0.64])
+    loss = transfer_loss(target, pseudo, rows, weights)
+    loss.total.backward()
+    gradient = pseudo.grad
+    pseudo.grad = None
+    logits = target.run_rows(pseudo, rows.roots, rows.prefixes) @ target.head_weight.T
+    log_student = logits.log_softmax(-1).gather(-1, rows.teacher_ids)
+    teacher = rows.teacher_probs
+    kl = (teacher * (teacher.clamp_min(1e-12).log() - log_student)).sum(-1)
+    used = weights * rows.valid
+    expected = (kl * used).sum() / used.sum()
+    expected.backward()
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-4)
+    torch.testing.assert_close(gradient, pseudo.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_sampled_vocabulary_keeps_the_core(target: FrozenTarget) -> None:
+    core = torch.tensor([3, 5, 90])
+    sample = Candidates.sample(target.head_weight, core, 20, np.random.default_rng(0))
+    assert len(sample.head) == 23
+    assert (sample.places[core] == torch.arange(3)).all()
+    assert (sample.places >= 0).sum() == 23
+    rest = VOCABULARY - 3
+    assert sample.bias[3:].exp().sum() == pytest.approx(rest)
+
+
+def make_trainer(
+    target: FrozenTarget,
+    cache: PrefixCache,
+    examples: list[Example],
+    folder: Path,
+    steps: int,
+) -> Trainer:
+    moments = collect_moments(cache, target, examples, STEPS)
+    maps = ridge_maps(moments, SIZE, "token", strength=1e-1)
+    config = TrainingConfig(
+        steps=steps, sequences=3, roots=4, learning_rate=3e-3, warmup=2, log_every=5, negatives=16
+    )
+    return Trainer(target, cache, examples, maps, config, folder)
+
+
+def test_loss_falls(
+    tmp_path: Path, target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    trainer = make_trainer(target, cache, examples, tmp_path / "run", 20)
+    with torch.no_grad():  # the ridge start is too good on a target that repeats itself
+        trainer.maps.weight.mul_(0.1)
+    trainer.run()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [5, 10, 15, 20]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+
+
+def test_resuming_is_exact(
+    tmp_path: Path, target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    whole = make_trainer(target, cache, examples, tmp_path / "whole", 8)
+    whole.run()
+    part = make_trainer(target, cache, examples, tmp_path / "part", 8)
+    for _ in range(3):
+        part.train_step()
+    part.save_state()
+    again = make_trainer(target, cache, examples, tmp_path / "part", 8)
+    assert again.step == 3
+    again.run()
+    for one, other in zip(whole.maps.parameters(), again.maps.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sigterm_saves_and_stops(
+    tmp_path: Path, target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    trainer = make_trainer(target, cache, examples, tmp_path / "run", 50)
+
+    def kill(entry: dict[str, object]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedTraining, match="step 5"):
+        trainer.run(kill)
+    assert (tmp_path / "run" / STATE_FILE).is_file()
+    assert make_trainer(target, cache, examples, tmp_path / "run", 50).step == 5
+
+
+def test_state_of_other_settings_is_refused(
+    tmp_path: Path, target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    make_trainer(target, cache, examples, tmp_path / "run", 8).save_state()
+    with pytest.raises(ValueError, match="other settings"):
+        make_trainer(target, cache, examples, tmp_path / "run", 9)
+
+
+class Oracle(TransferMaps):
+    """Returns the true states of one example in place of mapped ones."""
+
+    def __init__(self, target: FrozenTarget, example: Example) -> None:
+        super().__init__(STEPS, SIZE)
+        self.states = target.prefix(torch.tensor(example.tokens)).hidden
+        self.first = len(example.prompt) - 1
+
+    def forward(
+        self, hidden: torch.Tensor, token_embedding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        roots = torch.arange(self.first, self.first + len(hidden))
+        places = (roots[:, None] + torch.arange(1, STEPS + 1)).clamp(max=len(self.states) - 1)
+        return self.states[places]
+
+
+def test_true_states_draft_what_came(
+    target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    drafts = [draft(target, cache, Oracle(target, example), example) for example in examples]
+    found = walk(drafts, [1.0] * STEPS, budget=VOCABULARY)
+    assert min(found.accuracy) > 0.98
+    assert found.by_depth[0] == 1.0
+    assert found.tokens == sum(len(example.answer) - 1 for example in examples)
+
+
+def test_walk_accepts_a_planted_answer() -> None:
+    example = Example("a", "chat", 0.0, [1, 2], [3, 4, 5, 6, 7, 8, 9, 10])
+    roots = len(example.answer) - 1
+    places = np.arange(roots)[:, None] + 1 + np.arange(STEPS)
+    answer = np.array(example.answer + [0] * STEPS)
+    tokens = np.stack([answer[places], answer[places] + 50], axis=-1)
+    logits = np.zeros((roots, STEPS, 2), dtype=np.float32)
+    logits[..., 1] = -5.0
+    totals = np.log(1 + np.exp(-5.0 / TEMPERATURES)) * np.ones((roots, STEPS, 1))
+    planted = Drafts(
+        example, tokens, logits, totals.astype(np.float32), np.zeros((roots, STEPS), np.float32)
+    )
+    # 7 tokens after the first, 4 and then 3 of them in a pass.
+    assert walk([planted], [1.0] * STEPS, budget=STEPS).length == 3.5
+    planted.tokens[:, 0, :] = 99
+    assert walk([planted], [1.0] * STEPS, budget=16).length == 1.0
+
+
+def test_calibration_finds_the_temperature() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 50)) * 3
+    for true in (0.8, 1.3):
+        gumbel = rng.gumbel(size=logits.shape)
+        came = (logits / true + gumbel).argmax(-1)
+        totals = np.log(np.exp(logits[:, None] / TEMPERATURES[:, None]).sum(-1))
+        planted = Drafts(
+            Example("a", "chat", 0.0, [1], [2]),
+            np.zeros((4000, 1, 1), dtype=np.int64),
+            np.zeros((4000, 1, 1), dtype=np.float32),
+            totals[:, None].astype(np.float32),
+            logits[np.arange(4000), came][:, None].astype(np.float32),
+        )
+        assert calibrate([planted]) == [pytest.approx(true)]
