@@ -16,6 +16,8 @@ from tests.support.engines import (
     Counters,
     Texts,
     acceptance_length,
+    assert_identical,
+    differences,
     engine,
     generate,
     planted_options,
@@ -39,27 +41,21 @@ def references(target: Path, batched_too: bool, **options: Any) -> tuple[Texts, 
     return batched, alone
 
 
-def differences(reference: Texts, texts: Texts) -> list[tuple[int, int | None]]:
-    """(prompt, first differing token) of every text that is not the reference's."""
-    return [
-        (
-            index,
-            next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None),
-        )
-        for index, (one, other) in enumerate(zip(reference.outputs, texts.outputs, strict=True))
-        if one != other
-    ]
-
-
 def compare(
-    llm: Any, reference: Texts, nodes: int, *, batched: bool = True, cut: bool = False
+    llm: Any,
+    reference: Texts,
+    nodes: int,
+    target: Path,
+    *,
+    batched: bool = True,
+    cut: bool = False,
 ) -> float:
     """Generate with trees of ``nodes`` nodes, compare, and check that drafts were accepted."""
     planted.PlantedSource.limit = nodes
     before = Counters.of(llm)
     texts = generate(llm, reference.prompts, batched=batched, max_tokens=NUM_TOKENS)
     counters = Counters.of(llm).since(before)
-    assert differences(reference, texts) == []
+    assert_identical(reference, texts, target, str(llm.model_config.dtype).split(".")[-1])
     length = acceptance_length(texts, counters)
     if nodes >= 4:
         assert length >= 2, (nodes, counters)
@@ -76,8 +72,8 @@ def test_core(dtype: str, eager: bool, random_target: Path, tmp_path: Path) -> N
     batched, _ = references(random_target, False, **options)
     batched.plant(tmp_path / "answers.json")
     with engine(random_target, **options, **planted_options(16)) as llm:
-        compare(llm, batched, 16, cut=True)
-        compare(llm, batched, 4)
+        compare(llm, batched, 16, random_target, cut=True)
+        compare(llm, batched, 4, random_target)
 
 
 @pytest.mark.matrix
@@ -103,9 +99,9 @@ def test_grid(
     batched.plant(tmp_path / "answers.json")
     for budget in (1, 4, 8, 16, 32):
         with engine(random_target, **options, **planted_options(budget)) as llm:
-            compare(llm, batched, budget, cut=chunked and budget >= 16)
+            compare(llm, batched, budget, random_target, cut=chunked and budget >= 16)
             if invariant:
-                compare(llm, batched, budget, batched=False)
+                compare(llm, batched, budget, random_target, batched=False)
 
 
 def test_any_number_of_nodes_fits_a_budget(random_target: Path, tmp_path: Path) -> None:

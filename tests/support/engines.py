@@ -136,3 +136,44 @@ def acceptance_length(texts: Texts, counters: Counters) -> float:
     """
     tokens = sum(len(output) - 1 for output in texts.outputs)
     return tokens / max(tokens - counters.accepted, 1)
+
+
+def differences(reference: Texts, texts: Texts) -> list[tuple[int, int]]:
+    """(prompt, first differing token) of every text that is not the reference's."""
+    return [
+        (index, next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), len(one)))  # noqa: B905
+        for index, (one, other) in enumerate(zip(reference.outputs, texts.outputs, strict=True))
+        if one != other
+    ]
+
+
+TIE = 1e-5
+
+
+def assert_identical(reference: Texts, texts: Texts, target: Path, dtype: str) -> None:
+    """Every text is the reference's, but for ties, which are printed with their gap.
+
+    A tie is a difference at a place where the two best raw logits differ by less than TIE of the best, in fp32.
+    """
+    found = differences(reference, texts)
+    unexplained = []
+    for prompt, position in found:
+        so_far = [*reference.prompts[prompt], *reference.outputs[prompt][:position]]
+        gap = relative_gap(target, so_far) if dtype == "float32" else 1.0
+        print(
+            f"prompt {prompt} differs at token {position}, relative gap of the two best logits {gap:.1e}"
+        )
+        if gap >= TIE:
+            unexplained.append((prompt, position, gap))
+    assert unexplained == []
+
+
+def relative_gap(target: Path, tokens: Sequence[int]) -> float:
+    """(top1 - top2) / |top1| of the target's raw logits after these tokens, by transformers in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    with torch.inference_mode():
+        best = model(torch.tensor([list(tokens)])).logits[0, -1].topk(2).values
+    return float((best[0] - best[1]) / best[0].abs())

@@ -148,7 +148,7 @@ def planted_tree(shape: Shape, answers: Answers, tokens: Tokens) -> TokenTree:
         junk = rng.integers(0, answers.vocabulary, shape.nodes - len(truth))
         return TokenTree.chain([*truth, *junk.tolist()])
     depths, width = 4, len(RANK_PROBABILITIES)
-    candidates = np.stack([rng.permutation(answers.vocabulary)[:width] for _ in range(depths)])
+    candidates = rng.integers(0, answers.vocabulary, (depths, width))
     ranks = rng.choice(3, size=len(truth), p=[0.7, 0.2, 0.1])
     for depth, (token, rank) in enumerate(zip(truth, ranks, strict=True)):
         candidates[depth] = np.where(candidates[depth] == token, (token + 1) % 7, candidates[depth])

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve`` with every way in, a real client, the demo target and its trained maps."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import SMALL, VLLM, chat, metric, serve
+
+pytestmark = pytest.mark.engine
+
+QUESTIONS = [
+    "Why is the sky blue?",
+    "Write a Python function that reverses a string.",
+    "Correct this sentence: she go to school every days.",
+]
+WAYS = [
+    ["--speculative-model", "hidden_transfer"],
+    ["--speculative-model", "{target}/hidden_transfer"],
+    ["--spec-method", "hidden_transfer", "--spec-model", "{target}/hidden_transfer"],
+    [
+        "--speculative-config",
+        '{{"method":"hidden_transfer","model":"{target}/hidden_transfer/published"}}',
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def answers(demo_target: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What the target says without speculation."""
+    log = tmp_path_factory.mktemp("serve") / "off.log"
+    with serve(demo_target, "--dtype", "float32", log=log) as url:
+        return chat(url, QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, id=" ".join(way), marks=pytest.mark.matrix if index else ())
+        for index, way in enumerate(WAYS)
+    ],
+)
+def test_the_same_text(
+    way: list[str], answers: list[str], demo_target: Path, tmp_path: Path
+) -> None:
+    arguments = [argument.format(target=demo_target) for argument in way]
+    log = tmp_path / "on.log"
+    with serve(demo_target, "--dtype", "float32", *arguments, log=log) as url:
+        assert chat(url, QUESTIONS) == answers
+        assert chat(url, QUESTIONS, stream=True) == answers
+        drafts = metric(url, "vllm:spec_decode_num_drafts_total")
+        accepted = metric(url, "vllm:spec_decode_num_accepted_tokens_total")
+    assert drafts > 0
+    assert accepted / drafts > 0.7
+    banner = [line for line in log.read_text().splitlines() if "hidden_transfer is on" in line]
+    assert len(banner) == 1
+    for word in ("two-pass", "k = 4", "t = 20 of 30", "16 nodes", "float32", "CPU_ATTN"):
+        assert word in banner[0]
+
+
+def test_a_refusal_is_one_sentence(random_target: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(VLLM), "serve", str(random_target), *SMALL, "--speculative-model", "hidden_transfer"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("vllm serve: there is no transfer checkpoint")
+    )
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("bench", ["throughput", "latency"])
+def test_vllm_bench(bench: str, demo_target: Path, tmp_path: Path) -> None:
+    sizes = {
+        "throughput": [
+            "--random-input-len",
+            "32",
+            "--random-output-len",
+            "16",
+            "--num-prompts",
+            "8",
+        ],
+        "latency": [
+            "--input-len",
+            "32",
+            "--output-len",
+            "16",
+            "--batch-size",
+            "2",
+            "--num-iters",
+            "2",
+        ],
+    }
+    done = subprocess.run(
+        [str(VLLM), "bench", bench, "--model", str(demo_target), "--dtype", "float32", *SMALL]
+        + ["--speculative-model", "hidden_transfer", *sizes[bench]]
+        + (["--num-iters-warmup", "1"] if bench == "latency" else ["--dataset-name", "random"]),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "hidden_transfer is on" in done.stdout + done.stderr
+
+
+@pytest.mark.matrix
+def test_vllm_bench_serve(demo_target: Path, tmp_path: Path) -> None:
+    way = ["--dtype", "float32", "--speculative-model", "hidden_transfer"]
+    with serve(demo_target, *way, log=tmp_path / "on.log") as url:
+        command = [str(VLLM), "bench", "serve", "--base-url", url, "--model", str(demo_target)]
+        done = subprocess.run(
+            [*command, "--dataset-name", "random", "--random-input-len", "32"]
+            + ["--random-output-len", "16", "--num-prompts", "8"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            cwd=tmp_path,
+        )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Acceptance length" in done.stdout
