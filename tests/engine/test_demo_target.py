@@ -79,7 +79,7 @@ def test_grid(dtype: str, eager: bool, demo_target: Path, record_property: Any) 
     prompts = chat_prompts(demo_target, 8)
     with engine(demo_target, **options) as llm:
         reference = generate(llm, prompts, max_tokens=64)
-        alone = generate(llm, prompts, max_tokens=64, batched=False)
+        alone = generate(llm, prompts, max_tokens=64, group=1)
     invariant = differences(reference, alone) == []
     record_property("stock_is_batch_invariant", invariant)
     if dtype == "bfloat16" and not invariant:
@@ -90,10 +90,10 @@ def test_grid(dtype: str, eager: bool, demo_target: Path, record_property: Any) 
     assert_identical(reference, alone, demo_target, dtype)
     for budget in (1, 4, 8, 16, 32):
         with engine(demo_target, **options, **with_maps(demo_target, budget)) as llm:
-            for batched in (True, False):
+            for group, expected in ((None, reference), (1, alone)):
                 before = Counters.of(llm)
-                texts = generate(llm, prompts, max_tokens=64, batched=batched)
+                texts = generate(llm, prompts, max_tokens=64, group=group)
                 counters = Counters.of(llm).since(before)
-                assert_identical(reference if batched else alone, texts, demo_target, dtype)
+                assert_identical(expected, texts, demo_target, dtype)
                 if budget >= 8:
                     assert acceptance_length(texts, counters) >= 1.8

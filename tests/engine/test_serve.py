@@ -121,9 +121,10 @@ def test_vllm_bench_serve(demo_target: Path, tmp_path: Path) -> None:
     way = ["--dtype", "float32", "--speculative-model", "hidden_transfer"]
     with serve(demo_target, *way, log=tmp_path / "on.log") as url:
         command = [str(VLLM), "bench", "serve", "--base-url", url, "--model", str(demo_target)]
+        command += ["--dataset-name", "random", "--random-input-len", "32"]
+        command += ["--random-output-len", "16", "--num-prompts", "8"]
         done = subprocess.run(
-            [*command, "--dataset-name", "random", "--random-input-len", "32"]
-            + ["--random-output-len", "16", "--num-prompts", "8"],
+            command,
             capture_output=True,
             text=True,
             timeout=300,

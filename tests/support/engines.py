@@ -75,20 +75,21 @@ class Texts:
 
 
 def generate(
-    llm: Any, prompts: Sequence[Sequence[int]], *, batched: bool = True, **sampling: Any
+    llm: Any, prompts: Sequence[Sequence[int]], *, group: int | None = None, **sampling: Any
 ) -> Texts:
-    """Complete the prompts, all at once or one after the other."""
+    """Complete the prompts, ``group`` at a time (all at once where it is None)."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         **{"temperature": 0.0, "ignore_eos": True, "detokenize": False, **sampling}
     )
     requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    groups = [requests] if batched else [[request] for request in requests]
+    size = group or len(requests)
+    groups = [requests[start : start + size] for start in range(0, len(requests), size)]
     outputs = [
         list(answer.outputs[0].token_ids)
-        for group in groups
-        for answer in llm.generate(group, params, use_tqdm=False)
+        for together in groups
+        for answer in llm.generate(together, params, use_tqdm=False)
     ]
     return Texts(prompts, outputs)
 
