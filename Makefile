@@ -25,8 +25,8 @@ setup: ## .venv with vLLM for CPUs and this project (Linux x86-64, Python 3.11)
 target: setup ## the demo target SmolLM2-135M-Instruct, fetched and converted once
 	@$(BIN)/python scripts/demo_target.py
 
-demo: target ## hidden transfer beside no speculation on real questions, in the terminal
-	@$(BIN)/vllm-hidden-transfer demo
+demo: target ## hidden transfer beside no speculation on real questions, both sides eager for a quick start
+	@$(BIN)/vllm-hidden-transfer demo --eager
 
 test: lint target ## all checks but the slow rows of the feature matrix
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not matrix and not gpu" --durations=15
