@@ -4,6 +4,7 @@
 from vllm_hidden_transfer.tree.build import limit_runs, most_probable_paths
 from vllm_hidden_transfer.tree.layout import (
     PathLayout,
+    fit_to_scratch,
     lay_out_paths,
     scratch_blocks_of_run,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "PathLayout",
     "TokenTree",
     "VerificationWalk",
+    "fit_to_scratch",
     "lay_out_paths",
     "limit_runs",
     "most_probable_paths",

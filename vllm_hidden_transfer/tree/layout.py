@@ -17,6 +17,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_hidden_transfer.tree.build import limit_runs
 from vllm_hidden_transfer.tree.token_tree import TokenTree
 
 IntArray = NDArray[np.int64]
@@ -137,3 +138,39 @@ def lay_out_paths(
         copy_to=copy_array[:, 1],
         first_write=first_write,
     )
+
+
+def fit_to_scratch(
+    trees: Sequence[TokenTree],
+    first_positions: Sequence[int],
+    block_size: int,
+    num_scratch: int,
+) -> list[TokenTree]:
+    """Cut runs off trees so that any subset of them fits the scratch blocks of one pass.
+
+    Where all trees together need too much, each gets an equal share of the blocks.
+
+    Args:
+        trees: of each request.
+        first_positions: the position of each request's root in the pass to come.
+    """
+    needs = [
+        _scratch_need(tree, first, block_size)
+        for tree, first in zip(trees, first_positions, strict=True)
+    ]
+    if sum(sum(need) for need in needs) <= num_scratch:
+        return list(trees)
+    share = num_scratch // len(trees)
+    return [
+        limit_runs(tree, 1 + int((np.cumsum(need) <= share).sum()))
+        for tree, need in zip(trees, needs, strict=True)
+    ]
+
+
+def _scratch_need(tree: TokenTree, first_position: int, block_size: int) -> list[int]:
+    """Scratch blocks of each run after the first."""
+    ends = [*tree.run_starts.tolist()[1:], len(tree) + 1][1:]
+    return [
+        scratch_blocks_of_run(int(tree.depths[end - 2]) + 1, first_position, block_size)
+        for end in ends
+    ]
