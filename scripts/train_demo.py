@@ -49,7 +49,13 @@ from vllm_hidden_transfer.training.trainer import (
     Trainer,
     TrainingConfig,
 )
-from vllm_hidden_transfer.transfer import TransferMaps, save_checkpoint, write_atomically
+from vllm_hidden_transfer.transfer import (
+    CheckpointError,
+    TransferMaps,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 
 VERIFIER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VARIANTS: dict[str, tuple[Conditioning, str]] = {
@@ -78,6 +84,9 @@ def main(
     max_examples: Annotated[int, typer.Option(help="Use the first examples only.")] = 100_000,
     judged: Annotated[int, typer.Option(help="Held-out answers to calibrate and judge on.")] = 40,
     seed: Annotated[int, typer.Option(help="Seed of batches and roots.")] = 20261121,
+    go_on: Annotated[
+        bool, typer.Option(help="Start from the checkpoints in --output, not from ridge.")
+    ] = False,
 ) -> None:
     """Train both variants and write their checkpoints."""
     try:
@@ -97,7 +106,10 @@ def main(
         moments = collect_moments(cache, target, train, transfer_steps)
         for name in variant or list(VARIANTS):
             conditioning, folder = VARIANTS[name]
-            maps = ridge_maps(moments, target.hidden_size, conditioning)
+            if go_on:
+                maps = load_checkpoint(output / folder)[1]
+            else:
+                maps = ridge_maps(moments, target.hidden_size, conditioning)
             config = TrainingConfig(
                 steps=max(steps, 1),
                 sequences=sequences,
@@ -105,7 +117,8 @@ def main(
                 learning_rate=learning_rate,
                 seed=seed,
             )
-            state = work / "train" / name
+            # A second round is a run of its own: another schedule, often more data.
+            state = work / "train" / (f"{name}-{len(train)}-{steps}" if go_on else name)
             started = time.monotonic()
             if steps:
                 maps = _train(target, cache, train, maps, config, state)
@@ -120,12 +133,13 @@ def main(
                 "settings": config.model_dump() | {"steps": steps},
                 "minutes_this_run": round((time.monotonic() - started) / 60, 1),
             }
-            _document(output / folder, figures, state / "log.jsonl" if steps else None)
+            log = state / "log.jsonl" if steps else None
+            _document(output / folder, figures, log, append=go_on)
             console.print(f"{name}: {json.dumps(figures['judged'])}")
     except InterruptedTraining as stop:
         typer.echo(f"train: {stop}; the same command goes on.", err=True)
         raise typer.Exit(143) from stop
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, CheckpointError) as error:
         typer.echo(f"train: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -200,17 +214,18 @@ def _export(
     return {"temperatures": temperatures, "judged": judged}
 
 
-def _document(folder: Path, figures: dict[str, Any], log: Path | None) -> None:
+def _document(folder: Path, figures: dict[str, Any], log: Path | None, append: bool) -> None:
     """Model card, command and log beside the weights."""
     command = "python scripts/train_demo.py " + " ".join(map(shlex.quote, sys.argv[1:]))
-    write_atomically(
-        folder / "train_command.txt",
-        f"python scripts/demo_target.py\npython scripts/make_demo_data.py\n{command.strip()}\n".encode(),
-    )
+    commands = ["python scripts/demo_target.py", "python scripts/make_demo_data.py"]
     records = log.read_text().splitlines() if log is not None and log.exists() else []
-    write_atomically(
-        folder / "training_log.jsonl", "".join(line + "\n" for line in records).encode()
-    )
+    command_file, log_file = folder / "train_command.txt", folder / "training_log.jsonl"
+    if append:
+        commands = command_file.read_text().splitlines()
+        records = log_file.read_text().splitlines() + records
+    commands.append(command.strip())
+    write_atomically(command_file, "".join(line + "\n" for line in commands).encode())
+    write_atomically(log_file, "".join(line + "\n" for line in records).encode())
     last = json.loads(records[-1]) if records else None
     rows = "\n".join(
         f"| {label} | {f['answers']} | {f['acceptance_length']:.2f} | "
