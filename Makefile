@@ -29,10 +29,10 @@ demo: target ## hidden transfer beside no speculation on real questions, both si
 	@$(BIN)/vllm-hidden-transfer demo --eager
 
 test: lint target ## all checks but the slow rows of the feature matrix
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not matrix and not gpu" --durations=15
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not matrix and not gpu" --durations=15
 
 matrix: target ## the whole feature matrix (slow)
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" --durations=30
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not gpu" --durations=30
 
 bench: target ## step costs of no speculation, stock's chain and our trees
 	$(BIN)/python scripts/step_cost.py

@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
+pytest.register_assert_rewrite("tests.support.engines")
+
 
 @pytest.fixture(scope="session")
 def random_target(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.engines import engine
 from tests.support.servers import SMALL, VLLM, chat, metric, serve
 
 pytestmark = pytest.mark.engine
@@ -29,11 +30,14 @@ WAYS = [
 
 
 @pytest.fixture(scope="module")
-def answers(demo_target: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def answers(demo_target: Path) -> list[str]:
     """What the target says without speculation."""
-    log = tmp_path_factory.mktemp("serve") / "off.log"
-    with serve(demo_target, "--dtype", "float32", log=log) as url:
-        return chat(url, QUESTIONS)
+    from vllm import SamplingParams
+
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    with engine(demo_target, skip_tokenizer_init=False, max_model_len=1024) as llm:
+        outputs = llm.chat(chats, SamplingParams(temperature=0, max_tokens=32), use_tqdm=False)
+    return [output.outputs[0].text for output in outputs]
 
 
 @pytest.mark.parametrize(
