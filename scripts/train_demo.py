@@ -267,8 +267,9 @@ origin come from the engine (see the repository's README).
   of `scripts/demo_prompts.py`; sha256 of its token ids {figures["data_sha256"]}.
 - Method: closed-form ridge start, then AdamW on the KL to the target's own distribution with
   weights 0.8^i. {loss}
-- Settings: `{json.dumps(figures["settings"])}`
-- Command: `train_command.txt`; log: `training_log.jsonl`; Python {platform.python_version()},
+- Settings of the last round (`train_command.txt` and `training_log.jsonl` have all rounds):
+  `{json.dumps(figures["settings"])}`
+- Python {platform.python_version()},
   {versions}, CPU, fp32, stored as bf16.
 - Limits: trained for this target's weights alone, English and Python mostly, short answers.
 """
