@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hidden transfer in vLLM's Python API, on the demo target (``make target`` fetches it).
 
-    OMP_NUM_THREADS=2 VLLM_CPU_OMP_THREADS_BIND=nobind python examples/python_api.py
+OMP_NUM_THREADS=2 VLLM_CPU_OMP_THREADS_BIND=nobind python examples/python_api.py
 """
 
 from pathlib import Path

@@ -39,7 +39,7 @@ from vllm_hidden_transfer.transfer import load_checkpoint
 ROOT = Path(__file__).parents[1]
 CHAINS = (3, 4, 8, 16)
 TREES = (4, 8, 16)
-STEPS = 12
+STEPS = 8
 MODULE = "vllm_hidden_transfer.evaluation.step_cost"
 
 
@@ -92,7 +92,7 @@ def main(
 def start_engines(
     stack: ExitStack, folder: Path, target: Path, checkpoint: Path, dtype: str, eager: bool
 ) -> dict[str, EngineProcess]:
-    """The three engines, started one after the other."""
+    """The three engines, ready."""
     env = {
         "OMP_NUM_THREADS": "2",
         FOLDER_VARIABLE: str(folder),
@@ -130,7 +130,8 @@ def start_engines(
     for name, options in speculation.items():
         log = ROOT / "work" / "step_cost" / f"{name}.log"
         engines[name] = stack.enter_context(EngineProcess(name, {**common, **options}, log, env))
-        engines[name].wait_ready()
+    for engine in engines.values():
+        engine.wait_ready()
     return engines
 
 
