@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_tree import trees
-from vllm_hidden_transfer.tree import TokenTree, lay_out_paths
+from vllm_hidden_transfer.tree import TokenTree, fit_to_scratch, lay_out_paths
 
 
 @st.composite
@@ -80,3 +80,23 @@ def test_too_little_scratch_is_refused() -> None:
     table = np.array([[5, 6]], dtype=np.int32)
     with pytest.raises(ValueError, match="scratch"):
         lay_out_paths([tree], np.array([0, 3]), np.array([3]), table, 4, range(9, 10))
+
+
+@given(st.lists(trees(max_nodes=12), min_size=1, max_size=4), st.integers(0, 40), st.data())
+def test_fitted_trees_fit(batch: list[TokenTree], num_scratch: int, data: st.DataObject) -> None:
+    """Whatever subset of the fitted trees is scheduled, one pass has room for it."""
+    block = 4
+    firsts = [data.draw(st.integers(0, 9)) for _ in batch]
+    fitted = fit_to_scratch(batch, firsts, block, num_scratch)
+    for tree, cut in zip(batch, fitted, strict=True):
+        assert cut.tokens.tolist() == tree.tokens[: len(cut)].tolist()
+    starts = np.concatenate([[0], np.cumsum([len(tree) + 1 for tree in fitted])])
+    table = np.arange(1, 1 + len(batch) * 8, dtype=np.int32).reshape(len(batch), 8)
+    scratch = range(1 + table.size, 1 + table.size + num_scratch)
+    lay_out_paths(fitted, starts, np.array(firsts), table, block, scratch)  # would raise
+
+
+def test_trees_that_fit_are_left_alone() -> None:
+    batch = [TokenTree(np.array([1, 2, 3]), np.array([-1, -1, -1]))] * 2
+    assert fit_to_scratch(batch, [5, 6], 4, 4) == batch
+    assert [len(tree) for tree in fit_to_scratch(batch, [5, 6], 4, 3)] == [2, 2]
