@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -83,57 +84,41 @@ def test_a_refusal_is_one_sentence(random_target: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("bench", ["throughput", "latency"])
-def test_vllm_bench(bench: str, demo_target: Path, tmp_path: Path) -> None:
-    sizes = {
-        "throughput": [
-            "--random-input-len",
-            "32",
-            "--random-output-len",
-            "16",
-            "--num-prompts",
-            "8",
-        ],
-        "latency": [
-            "--input-len",
-            "32",
-            "--output-len",
-            "16",
-            "--batch-size",
-            "2",
-            "--num-iters",
-            "2",
-        ],
-    }
+def run_bench(kind: str, *arguments: str, cwd: Path) -> str:
+    """What ``vllm bench`` printed."""
     done = subprocess.run(
-        [str(VLLM), "bench", bench, "--model", str(demo_target), "--dtype", "float32", *SMALL]
-        + ["--speculative-model", "hidden_transfer", *sizes[bench]]
-        + (["--num-iters-warmup", "1"] if bench == "latency" else ["--dataset-name", "random"]),
+        [str(VLLM), "bench", kind, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        cwd=tmp_path,
+        cwd=cwd,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},  # the banner is an INFO line
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "hidden_transfer is on" in done.stdout + done.stderr
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-4000:]
+    return printed
+
+
+SIZES = {
+    "throughput": "--dataset-name random --random-input-len 32 --random-output-len 16 --num-prompts 8",
+    "latency": "--input-len 32 --output-len 16 --batch-size 2 --num-iters 2 --num-iters-warmup 1",
+}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("bench", SIZES)
+def test_vllm_bench(bench: str, demo_target: Path, tmp_path: Path) -> None:
+    target = ["--model", str(demo_target), "--dtype", "float32", *SMALL]
+    way = ["--speculative-model", "hidden_transfer"]
+    printed = run_bench(bench, *target, *way, *SIZES[bench].split(), cwd=tmp_path)
+    assert "hidden_transfer is on" in printed
 
 
 @pytest.mark.matrix
 def test_vllm_bench_serve(demo_target: Path, tmp_path: Path) -> None:
     way = ["--dtype", "float32", "--speculative-model", "hidden_transfer"]
     with serve(demo_target, *way, log=tmp_path / "on.log") as url:
-        command = [str(VLLM), "bench", "serve", "--base-url", url, "--model", str(demo_target)]
-        command += ["--dataset-name", "random", "--random-input-len", "32"]
-        command += ["--random-output-len", "16", "--num-prompts", "8"]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-            cwd=tmp_path,
-        )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Acceptance length" in done.stdout
+        client = ["--base-url", url, "--model", str(demo_target)]
+        printed = run_bench("serve", *client, *SIZES["throughput"].split(), cwd=tmp_path)
+    assert "Acceptance length" in printed
