@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_hidden_transfer.engine.settings import METHOD
 from vllm_hidden_transfer.patches.base import Patch, Surface
-
-METHOD = "hidden_transfer"
 
 
 def _install() -> None:
