@@ -8,19 +8,26 @@ from vllm_hidden_transfer.patches import (
     cpu_attention_backend,
     cpu_model_runner,
     engine_args,
+    sampling_parameters,
+    seeded_chunks,
 )
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
-AT_START: tuple[Patch, ...] = (engine_args.PATCH, cli_options.PATCH)
+AT_START: tuple[Patch, ...] = (engine_args.PATCH, cli_options.PATCH, sampling_parameters.PATCH)
 """Applied in every process in which vLLM loads plugins."""
 
-IN_WORKERS: tuple[Patch, ...] = (cpu_model_runner.PATCH, cpu_attention_backend.PATCH)
+IN_WORKERS: tuple[Patch, ...] = (
+    cpu_model_runner.PATCH,
+    cpu_attention_backend.PATCH,
+    seeded_chunks.PATCH,
+)
 """Applied in workers of an engine that uses our method."""
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 
 SUBCLASSED: tuple[Surface, ...] = (
+    *sampling_parameters.SURFACES_IN_WORKERS,
     Surface(
         _RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")
     ),

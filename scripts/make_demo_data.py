@@ -51,6 +51,8 @@ def main(
     """Write the target's own answers to the training prompts."""
     # With its default process layout vLLM keeps a core free: one process, every core.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # In a process of its own the engine spins on a core while it waits for its worker.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_PLUGINS"] = ""  # stock vLLM writes the data
     from vllm import LLM, SamplingParams

@@ -13,10 +13,26 @@ MODEL_TYPE = "hidden_transfer"
 Conditioning = Literal["none", "token"]
 
 
+def one_sentence(text: str, limit: int = 400) -> str:
+    """An error message fit for one line: control characters escaped, its middle left out where it is long.
+
+    What users and files say (names, keys, numbers) is quoted in messages and may be anything.
+    """
+    if len(text) > 2 * limit:
+        text = text[:limit] + text[-limit:]
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} ... {text[5 - half :]}"
+
+
 class _Section(BaseModel):
     """A part of the file. Unknown keys are errors: a misspelt key must not silently do nothing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Verifier(_Section):

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vllm_hidden_transfer.config import one_sentence
+
 VERSION = "bf16-samples-1"
 _ROWS = 8
 _ELEMENTS = 64
@@ -21,6 +23,9 @@ _ELEMENTS = 64
 
 class FingerprintError(Exception):
     """The folder has no weights that can be fingerprinted; the message is one sentence."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_sentence(message))
 
 
 def fingerprint_target(folder: str | Path) -> str:
@@ -60,14 +65,16 @@ def fingerprint_target(folder: str | Path) -> str:
 
 def _weight_files(root: Path) -> list[Path]:
     index = root / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FingerprintError(f"{index} is not a valid safetensors index.") from error
-        return [root / name for name in names]
     single = root / "model.safetensors"
-    files = [single] if single.is_file() else sorted(root.glob("*.safetensors"))
+    try:
+        if index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [root / name for name in sorted(set(names))]
+        files = [single] if single.is_file() else sorted(root.glob("*.safetensors"))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise FingerprintError(f"{index} is not a valid safetensors index.") from error
+    except OSError as error:
+        raise FingerprintError(f"{root} cannot be read ({error.strerror}).") from error
     if not files:
         raise FingerprintError(
             f"{root} has no safetensors files, so its weights cannot be fingerprinted."

@@ -19,7 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vllm_hidden_transfer.config import FORMAT_VERSION, MODEL_TYPE, Conditioning, TransferConfig
+from vllm_hidden_transfer.config import (
+    FORMAT_VERSION,
+    MODEL_TYPE,
+    Conditioning,
+    TransferConfig,
+    one_sentence,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -30,6 +36,9 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 class CheckpointError(Exception):
     """A transfer checkpoint cannot be used; the message is one sentence for the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_sentence(message))
 
 
 class TransferMaps(nn.Module):
@@ -114,11 +123,16 @@ def load_checkpoint(folder: str | Path) -> tuple[TransferConfig, TransferMaps]:
         CheckpointError: the folder is missing, incomplete, damaged or of another format.
     """
     path = Path(folder)
-    if not path.is_dir():
-        what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
-        raise CheckpointError(f"the transfer checkpoint {path} {what}.")
-    config = _read_config(path / CONFIG_FILE)
-    return config, _read_maps(path / WEIGHTS_FILE, config)
+    try:
+        if not path.is_dir():
+            what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
+            raise CheckpointError(f"the transfer checkpoint {path} {what}.")
+        config = _read_config(path / CONFIG_FILE)
+        return config, _read_maps(path / WEIGHTS_FILE, config)
+    except OSError as error:
+        raise CheckpointError(
+            f"the transfer checkpoint {path} cannot be read ({error.strerror})."
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -152,7 +166,8 @@ def _read_config(path: Path) -> TransferConfig:
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path} is no checkpoint configuration: it is over 1 MiB.")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is not valid JSON ({reason}).") from error
@@ -160,13 +175,15 @@ def _read_config(path: Path) -> TransferConfig:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}).") from error
     if not isinstance(data, dict) or data.get("speculators_model_type") != MODEL_TYPE:
         raise CheckpointError(f'{path} does not say "speculators_model_type": "{MODEL_TYPE}".')
-    if data.get("format_version") != FORMAT_VERSION:
+    version = data.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:  # neither true nor 1.0
         raise CheckpointError(
-            f"{path} has format_version {data.get('format_version')!r}, "
+            f"{path} has format_version {version!r}, "
             f"this version of the plugin reads {FORMAT_VERSION}."
         )
     try:
-        return TransferConfig.model_validate(data)
+        # Strictly: a true or a "1" where a number belongs is a mistake, not a number.
+        return TransferConfig.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.support.engines import (
-    Counters,
     acceptance_length,
     assert_identical,
+    counters_of,
     differences,
     engine,
     generate,
@@ -65,7 +65,7 @@ def test_core(demo_target: Path) -> None:
         reference = generate(llm, prompts, max_tokens=48)
     with engine(demo_target, **options, **with_maps(demo_target, 16)) as llm:
         texts = generate(llm, prompts, max_tokens=48)
-        counters = Counters.of(llm)
+        counters = counters_of(llm)
     assert_identical(reference, texts, demo_target, dtype)
     assert acceptance_length(texts, counters) >= 1.8
 
@@ -91,9 +91,9 @@ def test_grid(dtype: str, eager: bool, demo_target: Path, record_property: Any) 
     for budget in (1, 4, 8, 16, 32):
         with engine(demo_target, **options, **with_maps(demo_target, budget)) as llm:
             for group, expected in ((None, reference), (1, alone)):
-                before = Counters.of(llm)
+                before = counters_of(llm)
                 texts = generate(llm, prompts, max_tokens=64, group=group)
-                counters = Counters.of(llm).since(before)
+                counters = counters_of(llm) - before
                 assert_identical(expected, texts, demo_target, dtype)
                 if budget >= 8:
                     assert acceptance_length(texts, counters) >= 1.8

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.checkpoints import random_checkpoint
-from tests.support.engines import Counters, engine, generate, random_prompts
+from tests.support.engines import counters_of, engine, generate, random_prompts
 from vllm_hidden_transfer.transfer import load_checkpoint
 
 pytestmark = pytest.mark.engine
@@ -59,7 +59,7 @@ def test_draft_logits_equal_transformers(
     options = {"method": "hidden_transfer", "model": str(checkpoint)}
     with engine(random_target, speculative_config=options, max_num_batched_tokens=64) as llm:
         generate(llm, random_prompts(5, longest=70), max_tokens=24)
-        counters = Counters.of(llm)
+        counters = counters_of(llm)
     assert counters.drafts > 0
     assert counters.draft_tokens > counters.drafts
 

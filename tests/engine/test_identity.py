@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from tests.support.engines import (
-    Counters,
     Texts,
     acceptance_length,
     assert_identical,
+    counters_of,
     differences,
     engine,
     generate,
@@ -51,9 +51,9 @@ def compare(
 ) -> float:
     """Generate with trees of ``nodes`` nodes, compare, and check that drafts were accepted."""
     planted.PlantedSource.limit = nodes
-    before = Counters.of(llm)
+    before = counters_of(llm)
     texts = generate(llm, reference.prompts, group=group, max_tokens=NUM_TOKENS)
-    counters = Counters.of(llm).since(before)
+    counters = counters_of(llm) - before
     assert_identical(reference, texts, target, str(llm.model_config.dtype).split(".")[-1])
     length = acceptance_length(texts, counters)
     if nodes >= 4:
@@ -118,7 +118,7 @@ def test_any_number_of_nodes_fits_a_budget(random_target: Path, tmp_path: Path) 
     source = "vllm_hidden_transfer.evaluation.planted:FewerNodesSource"
     with engine(random_target, **CHUNKED, **planted_options(16, source)) as llm:
         texts = generate(llm, batched.prompts, max_tokens=NUM_TOKENS)
-        counters = Counters.of(llm)
+        counters = counters_of(llm)
     assert differences(batched, texts) == []
     assert 0 < counters.draft_tokens < 16 * counters.drafts
     assert acceptance_length(texts, counters) >= 2

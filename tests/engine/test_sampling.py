@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.support.engines import (
-    Counters,
     Texts,
     acceptance_length,
+    counters_of,
     engine,
     planted_options,
     random_prompts,
@@ -63,15 +63,15 @@ def test_a_seed_gives_the_text_of_no_speculation(random_target: Path, tmp_path: 
     with engine(random_target, **planted_options(16)) as llm:
         for nodes in (16, 4):
             planted.PlantedSource.limit = nodes
-            before = Counters.of(llm)
+            before = counters_of(llm)
             batch = seeded(llm, prompts)
-            counters = Counters.of(llm).since(before)
+            counters = counters_of(llm) - before
             assert batch.outputs == reference.outputs
             assert acceptance_length(batch, counters) >= 2
             assert seeded(llm, prompts, batched=False).outputs == reference.outputs
         assert seeded(llm, prompts).outputs == reference.outputs
         penalised.plant(answers)
-        before = Counters.of(llm)
+        before = counters_of(llm)
         again = seeded(llm, prompts, min_tokens=40, stop_token_ids=[5, 6, 7, 8], **PENALTIES)
         assert again.outputs == penalised.outputs
-        assert Counters.of(llm).since(before).accepted > 64
+        assert (counters_of(llm) - before).accepted_tokens > 64

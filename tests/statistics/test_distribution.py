@@ -17,7 +17,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
-from tests.support.engines import Counters, engine
+from tests.support.engines import counters_of, engine
 from tests.support.models import random_llama
 from vllm_hidden_transfer.evaluation.planted import GuessingSource
 
@@ -64,7 +64,7 @@ def test_sampled_texts_are_the_targets(tmp_path: Path) -> None:
         answers = llm.generate(
             [{"prompt_token_ids": prompt}] * (SAMPLES // 100), params, use_tqdm=False
         )
-        accepted = Counters.of(llm).accepted
+        accepted = counters_of(llm).accepted_tokens
     texts = Counter(tuple(o.token_ids) for answer in answers for o in answer.outputs)
     assert sum(texts.values()) == SAMPLES
     assert accepted > SAMPLES / 4  # the trees took part

@@ -14,6 +14,7 @@ import numpy as np
 
 from tests.support.models import VOCABULARY
 from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.evaluation.engine_process import SpecCounters, spec_counters
 
 PLANTED = "vllm_hidden_transfer.evaluation.planted:PlantedSource"
 
@@ -94,49 +95,28 @@ def generate(
     return Texts(prompts, outputs)
 
 
-@dataclass(frozen=True)
-class Counters:
-    """vLLM's speculative counters at one moment."""
-
-    drafts: int
-    draft_tokens: int
-    accepted: int
-    accepted_per_depth: list[int]
-
-    @classmethod
-    def of(cls, llm: Any) -> Counters:
-        metrics = {metric.name: metric for metric in llm.get_metrics()}
-        prefix = "vllm:spec_decode_num_"
-        return cls(
-            drafts=metrics[prefix + "drafts"].value,
-            draft_tokens=metrics[prefix + "draft_tokens"].value,
-            accepted=metrics[prefix + "accepted_tokens"].value,
-            accepted_per_depth=list(metrics[prefix + "accepted_tokens_per_pos"].values),
-        )
-
-    def since(self, before: Counters) -> Counters:
-        """The difference to an earlier moment."""
-        return Counters(
-            self.drafts - before.drafts,
-            self.draft_tokens - before.draft_tokens,
-            self.accepted - before.accepted,
-            [
-                now - then
-                for now, then in zip(
-                    self.accepted_per_depth, before.accepted_per_depth, strict=True
-                )
-            ],
-        )
+def counters_of(llm: Any) -> SpecCounters:
+    """vLLM's speculative counters at this moment."""
+    return spec_counters(
+        [
+            {
+                "name": metric.name,
+                "value": getattr(metric, "values", 0) or getattr(metric, "value", 0),
+            }
+            for metric in llm.get_metrics()
+            if "spec_decode" in metric.name
+        ]
+    )
 
 
-def acceptance_length(texts: Texts, counters: Counters) -> float:
+def acceptance_length(texts: Texts, counters: SpecCounters) -> float:
     """Output tokens after the first, per decode pass, over all requests.
 
     A pass gives its accepted tokens and one more, so passes = tokens after the first - accepted.
     Drafts that were accepted behind the end of a text make this an estimate within a pass.
     """
     tokens = sum(len(output) - 1 for output in texts.outputs)
-    return tokens / max(tokens - counters.accepted, 1)
+    return tokens / max(tokens - counters.accepted_tokens, 1)
 
 
 def differences(reference: Texts, texts: Texts) -> list[tuple[int, int]]:

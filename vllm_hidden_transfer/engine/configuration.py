@@ -11,9 +11,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_hidden_transfer.config import one_sentence
 from vllm_hidden_transfer.engine.settings import METHOD, Settings
 
 if TYPE_CHECKING:
@@ -24,12 +26,17 @@ if TYPE_CHECKING:
 
 OPTIONS = ("method", "model", "num_speculative_tokens", "allow_target_mismatch")
 MAX_BUDGET = 256
+PROPOSER = "vllm_hidden_transfer.engine.runner.UnusedProposer"
+"""What the speculative configuration of our method says in vLLM's own words."""
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU default of 128 makes every copy of a partial block four times as large."""
 
 
 class ConfigurationError(ValueError):
     """One sentence: what is wrong, which option, what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_sentence(message, limit=600))
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Plan:
     settings: Settings
     budget: int
     worker_cls: str = "vllm_hidden_transfer.engine.cpu.HiddenTransferCPUWorker"
-    proposer: str = "vllm_hidden_transfer.engine.runner.UnusedProposer"
+    proposer: str = PROPOSER
 
 
 def plan(
@@ -56,7 +63,12 @@ def plan(
     _check_options(options)
     _check_combination(args, model_config, parallel_config)
     own = (args.additional_config or {}).get(METHOD, {})
-    source = own.get("draft_source")
+    source = own.get("draft_source") if isinstance(own, dict) else own
+    if source is not None and not isinstance(source, str):
+        raise ConfigurationError(
+            f"{METHOD} in --additional-config is the plugin's own and holds nothing of this kind: "
+            f"{_shown(own)}."
+        )
     budget = options.get("num_speculative_tokens")
     if source is not None:
         settings = Settings(checkpoint=None, draft_source=source)
@@ -77,9 +89,12 @@ def plan(
 
 def requested(args: EngineArgs) -> dict[str, Any] | None:
     """The speculative options of these arguments if they ask for our method, else None."""
-    options = {
-        key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()
-    }
+    given = args.speculative_config or {}
+    if not isinstance(given, dict):
+        raise ConfigurationError(
+            f"--speculative-config must be an object of options, not {_shown(given)}."
+        )
+    options = {str(key).replace("-", "_"): value for key, value in given.items()}
     for flag, key, value in (
         ("--spec-method", "method", args.spec_method),
         ("--spec-model", "model", args.spec_model),
@@ -94,6 +109,11 @@ def requested(args: EngineArgs) -> dict[str, Any] | None:
         options[key] = value
     method, model = options.get("method"), options.get("model")
     if method == METHOD or (method is None and (model == METHOD or _is_checkpoint(model))):
+        twice = {str(key).replace("-", "_") for key in given if "-" in str(key)} & set(given)
+        if twice:
+            raise ConfigurationError(
+                f"--speculative-config gives {', '.join(sorted(twice))} twice, once with a hyphen."
+            )
         return options
     if isinstance(method, str) and difflib.get_close_matches(method, [METHOD], cutoff=0.8):
         raise ConfigurationError(
@@ -121,16 +141,25 @@ def _is_checkpoint(model: object) -> bool:
     if not isinstance(model, str):
         return False
     try:
-        text = (Path(model) / "config.json").read_text()
-        return json.loads(text).get("speculators_model_type") == METHOD
-    except (OSError, ValueError, AttributeError):
+        path = Path(model) / "config.json"
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return False
+    return isinstance(data, dict) and data.get("speculators_model_type") == METHOD
+
+
+def _shown(value: object) -> str:
+    """What the user gave, for a message: Python refuses to write out very long numbers and very deep lists."""
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
 
 
 def _check_options(options: dict[str, Any]) -> None:
     for key in options:
         if key not in OPTIONS:
-            near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(key[:64], OPTIONS, n=1, cutoff=0.0)[0]
             raise ConfigurationError(
                 f"hidden_transfer has no option {key!r} in --speculative-config: "
                 f"the nearest is {near!r} (all: {', '.join(OPTIONS)})."
@@ -138,7 +167,8 @@ def _check_options(options: dict[str, Any]) -> None:
     allow = options.get("allow_target_mismatch", False)
     if not isinstance(allow, bool):
         raise ConfigurationError(
-            f"allow_target_mismatch in --speculative-config must be true or false, not {allow!r}."
+            f"allow_target_mismatch in --speculative-config must be true or false, "
+            f"not {_shown(allow)}."
         )
 
 
@@ -146,7 +176,7 @@ def _checked_budget(budget: object) -> int:
     if not isinstance(budget, int) or isinstance(budget, bool) or not 1 <= budget <= MAX_BUDGET:
         raise ConfigurationError(
             f"num_speculative_tokens (the nodes of a tree) must be an integer from 1 to "
-            f"{MAX_BUDGET}, not {budget!r}."
+            f"{MAX_BUDGET}, not {_shown(budget)}."
         )
     return budget
 
@@ -179,6 +209,10 @@ def _check_combination(
         "reasoning budgets: leave --reasoning-parser and --reasoning-config off": args.reasoning_config
         is not None,
         "--worker-cls: leave it at its default": args.worker_cls != "auto",
+        "custom logits processors: leave --logits-processors off and uninstall packages with entry "
+        "points in vllm.logits_processors": (
+            bool(args.logits_processors) or bool(entry_points(group="vllm.logits_processors"))
+        ),
         f"this model ({model_config.architecture}): it has latent attention (MLA)": (
             model_config.use_mla
         ),
@@ -202,11 +236,18 @@ def _check_combination(
 def _checkpoint_folder(model: object, target: str) -> Path:
     if model is not None and not isinstance(model, str):
         raise ConfigurationError(
-            f"model in --speculative-config must be the folder of a transfer checkpoint, not {model!r}."
+            "model in --speculative-config must be the folder of a transfer checkpoint, "
+            f"not {_shown(model)}."
         )
     if model not in (None, METHOD):
         folder = Path(model)
-        if not folder.exists():
+        try:
+            exists = folder.exists()
+        except OSError as error:
+            raise ConfigurationError(
+                f"the transfer checkpoint {folder} cannot be read ({error.strerror})."
+            ) from error
+        if not exists:
             raise ConfigurationError(
                 f"there is no transfer checkpoint at {folder}: give the folder that "
                 "`vllm-hidden-transfer train` wrote."

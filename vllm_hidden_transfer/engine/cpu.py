@@ -11,6 +11,8 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -26,7 +28,7 @@ from vllm_hidden_transfer.engine.kv_store import (
 )
 from vllm_hidden_transfer.engine.runner import TreeRunner
 from vllm_hidden_transfer.engine.transfer_source import TransferSource
-from vllm_hidden_transfer.patches import cpu_attention_backend, cpu_model_runner
+from vllm_hidden_transfer.patches import cpu_attention_backend, cpu_model_runner, seeded_chunks
 from vllm_hidden_transfer.tree import TokenTree, fit_to_scratch
 
 logger = init_logger("vllm.hidden_transfer")
@@ -92,6 +94,16 @@ class TreeCPUModelRunner(TreeRunner, CPUModelRunner):
         metadata = builder.build(0, common)
         names = self.store.layer_names
         return dict.fromkeys(names, metadata), dict.fromkeys(names, common.slot_mapping)
+
+    def _sample(
+        self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
+    ) -> SamplerOutput:
+        self._unfinished_generators = seeded_chunks.unfinished_generators(self)
+        return super()._sample(logits, spec_decode_metadata)
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        with seeded_chunks.rewound(self, self._unfinished_generators):
+            return super()._bookkeeping_sync(*args, **kwargs)
 
     def make_transfer_source(self) -> DraftSource:
         assert self.settings.checkpoint is not None

@@ -23,6 +23,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.engine.sampling import verify
 from vllm_hidden_transfer.engine.settings import Settings
+from vllm_hidden_transfer.patches import sampling_parameters
 from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ class TreeRunner(GPUModelRunner):
     """Mixin for a V1 model runner. A subclass names the attention adapter of its device."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
+        with sampling_parameters.built_in_processors():
+            super().__init__(vllm_config, device)
         self.settings = Settings.of(vllm_config)
         self.draft_source = self.make_draft_source()
         self.trees: dict[str, TokenTree] = {}

@@ -8,13 +8,18 @@ exact on a path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.sample.logits_processor import LogitsProcessors, MinTokensLogitsProcessor
-from vllm.v1.sample.logits_processor.interface import LogitsProcessor
+from vllm.v1.sample.logits_processor import (
+    LogitBiasLogitsProcessor,
+    LogitsProcessors,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID
 from vllm.v1.sample.sampler import Sampler
@@ -103,44 +108,78 @@ def _on_path(
             for place, request in enumerate(requests)
             if request in metadata.bad_words_token_ids
         },
-        logitsprocs=_processors_on_path(metadata.logitsprocs, requests, walk.depth),
+        logitsprocs=_processors_on_path(metadata.logitsprocs, requests, walk),
     )
 
 
 def _processors_on_path(
-    processors: LogitsProcessors, requests: list[int], accepted: int
+    processors: LogitsProcessors, requests: list[int], walk: VerificationWalk
 ) -> LogitsProcessors:
-    """Stock's processors keep their state by request index; of those that vLLM allows with speculation, only
-    min_tokens has any, and it is applied here by hand."""
+    """Stock's own processors for the rows of some requests that have accepted a path in this step.
+
+    They keep their state by request index, so each is copied and its state picked by request.
+    """
     result = LogitsProcessors()
     for processor in processors.non_argmax_invariant:
-        if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks:
-            result.non_argmax_invariant.append(_MinTokensOnPath(processor, requests, accepted))
+        if isinstance(processor, MinTokensLogitsProcessor):
+            if processor.min_toks:
+                result.non_argmax_invariant.append(_min_tokens(processor, requests, walk))
+        elif isinstance(processor, LogitBiasLogitsProcessor):
+            if processor.biases:
+                result.non_argmax_invariant.append(_logit_bias(processor, requests))
+        else:
+            raise TypeError(f"{type(processor).__name__} cannot be applied to a tree")
+    for processor in processors.argmax_invariant:
+        if not isinstance(processor, MinPLogitsProcessor):
+            raise TypeError(f"{type(processor).__name__} cannot be applied to a tree")
+        if processor.min_p_count:
+            picked = copy.copy(processor)
+            picked.min_p = processor.min_p[requests]
+            result.argmax_invariant.append(picked)
     return result
 
 
-class _MinTokensOnPath(LogitsProcessor):
-    """min_tokens for the rows of some requests that have accepted some tokens in this step."""
+def _min_tokens(
+    stock: MinTokensLogitsProcessor, requests: list[int], walk: VerificationWalk
+) -> MinTokensLogitsProcessor:
+    """min_tokens where the output and the path are still shorter than it."""
+    masked: dict[int, set[int]] = {}
+    restored: dict[int, set[int]] = {}
+    for place, request in enumerate(requests):
+        minimum, output, stop_tokens, structured = stock.min_toks.get(
+            request, (0, (), set(), False)
+        )
+        if len(output) + len(walk.tokens[request]) < minimum:
+            masked[place] = stop_tokens
+            if structured:
+                restored[place] = stop_tokens
+    picked = copy.copy(stock)
+    picked.logits_slice = _entries(masked, stock.device)
+    picked.restore_logits_slice = _entries(restored, stock.device)
+    return picked
 
-    def __init__(self, stock: MinTokensLogitsProcessor, requests: list[int], accepted: int) -> None:
-        self._masked = [
-            (place, sorted(stop_tokens))
-            for place, request in enumerate(requests)
-            if request in stock.min_toks
-            for minimum, output, stop_tokens, _ in [stock.min_toks[request]]
-            if len(output) + accepted < minimum
-        ]
 
-    def is_argmax_invariant(self) -> bool:
-        return False
+def _logit_bias(stock: LogitBiasLogitsProcessor, requests: list[int]) -> LogitBiasLogitsProcessor:
+    biases = {
+        place: stock.biases[request]
+        for place, request in enumerate(requests)
+        if request in stock.biases
+    }
+    picked = copy.copy(stock)
+    picked.biases = biases
+    picked.logits_slice = _entries(biases, stock.device)
+    values = [bias for entry in biases.values() for bias in entry.values()]
+    picked.bias_tensor = torch.tensor(values, dtype=torch.float32, device=stock.device)
+    return picked
 
-    def update_state(self, batch_update: object) -> None:
-        """Nothing to update: this processor lives for one depth."""
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        for place, stop_tokens in self._masked:
-            logits[place, stop_tokens] = -float("inf")
-        return logits
+def _entries(
+    tokens: Mapping[int, Iterable[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, token ids) of all pairs, as the processors index logits."""
+    pairs = [(row, token) for row, row_tokens in tokens.items() for token in row_tokens]
+    rows, ids = torch.tensor(pairs, dtype=torch.int32, device=device).reshape(-1, 2).unbind(1)
+    return rows, ids
 
 
 def _combined(steps: list[tuple[list[int], SamplerOutput]], num_requests: int) -> SamplerOutput:
