@@ -52,12 +52,13 @@ def planted_options(budget: int, source: str = PLANTED) -> dict[str, Any]:
     }
 
 
-def random_prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
-    """Prompts of random tokens and lengths."""
+def random_prompts(
+    count: int, seed: int = 0, longest: int = 90, lengths: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Prompts of random tokens, of random or given lengths."""
     rng = np.random.default_rng(seed)
-    return [
-        rng.integers(3, VOCABULARY, int(rng.integers(5, longest))).tolist() for _ in range(count)
-    ]
+    sizes = lengths or [int(rng.integers(5, longest)) for _ in range(count)]
+    return [rng.integers(3, VOCABULARY, size).tolist() for size in sizes]
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def plan(
     _check_options(options)
     _check_combination(args, model_config, parallel_config)
     own = (args.additional_config or {}).get(METHOD, {})
-    source = own.get("draft_source") if isinstance(own, dict) else own
-    if source is not None and not isinstance(source, str):
+    source = own.get("draft_source") if isinstance(own, dict) else None
+    if not isinstance(own, dict) or not isinstance(source, str | None):
         raise ConfigurationError(
             f"{METHOD} in --additional-config is the plugin's own and holds nothing of this kind: "
             f"{_shown(own)}."
@@ -73,6 +73,7 @@ def plan(
     if source is not None:
         settings = Settings(checkpoint=None, draft_source=source)
         return Plan(settings, _checked_budget(budget))
+    _check_structure(model_config)
     folder = _checkpoint_folder(options.get("model"), model_config.model)
     config = _load_config(folder)
     _check_shape(config, folder, model_config)
@@ -89,7 +90,7 @@ def plan(
 
 def requested(args: EngineArgs) -> dict[str, Any] | None:
     """The speculative options of these arguments if they ask for our method, else None."""
-    given = args.speculative_config or {}
+    given = {} if args.speculative_config is None else args.speculative_config
     if not isinstance(given, dict):
         raise ConfigurationError(
             f"--speculative-config must be an object of options, not {_shown(given)}."
@@ -305,6 +306,15 @@ def _check_shape(config: TransferConfig, folder: Path, model_config: ModelConfig
             f"the transfer checkpoint {folder} is for another shape of target "
             f"({', '.join(differences)}): train maps for this target."
         )
+
+
+def _check_structure(model_config: ModelConfig) -> None:
+    from vllm_hidden_transfer.engine.structure import UnfitTargetError, check_model_config
+
+    try:
+        check_model_config(model_config)
+    except UnfitTargetError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def _target_mismatch(config: TransferConfig, folder: Path, target: str) -> str | None:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -81,6 +83,11 @@ class TreeCPUModelRunner(TreeRunner, CPUModelRunner):
             (builder,) = self._builders()
             assert builder.last_pass is not None
             builder.last_pass.compact(rows, slots, builder.isa)
+
+    def clear(self, slots: NDArray[np.int64]) -> None:
+        """Write zeros into some slots of the paged cache, in all layers."""
+        (builder,) = self._builders()
+        self.store.clear(torch.from_numpy(slots.astype(np.int64)), builder.dtype, builder.isa)
 
     def fit_to_scratch(self, trees: list[TokenTree], first_positions: list[int]) -> list[TokenTree]:
         store = self.store

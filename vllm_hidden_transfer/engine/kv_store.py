@@ -104,6 +104,13 @@ class KVStore:
             isa,
         )
 
+    def clear(self, slots: torch.Tensor, dtype: torch.dtype, isa: str) -> None:
+        """Write zeros into the same slots of all layers."""
+        zeros = torch.zeros(
+            len(self.layer_names), len(slots), self.num_kv_heads, self.head_size, dtype=dtype
+        )
+        self.write(zeros, zeros, slots, isa)
+
 
 def _stacked(caches: Sequence[torch.Tensor]) -> torch.Tensor:
     """One view [layers, ...] of caches that lie at a constant stride in one allocation."""

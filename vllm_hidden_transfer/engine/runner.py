@@ -9,7 +9,6 @@ trees. A step in which no request has drafts is a stock step.
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +22,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.engine.sampling import verify
 from vllm_hidden_transfer.engine.settings import Settings
+from vllm_hidden_transfer.engine.structure import check_model
 from vllm_hidden_transfer.patches import sampling_parameters
 from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs
 
@@ -45,29 +45,6 @@ hidden_transfer: %s.
 allow_target_mismatch is set, so it drafts all the same. The output stays exact;
 expect fewer accepted drafts until maps are trained for this very target.
 ********************************************************************************"""
-
-
-def check_structure(model: Any, transfer_layer: int | None) -> None:
-    """Refuse a model whose upper layers cannot be run by hand.
-
-    Raises:
-        ValueError: one sentence that says what is missing.
-    """
-    if transfer_layer is None:
-        return
-    name = type(model).__name__
-    decoder: Any = getattr(model, "model", None)
-    missing = [part for part in ("embed_tokens", "layers", "norm") if not hasattr(decoder, part)]
-    if missing:
-        raise ValueError(
-            f"hidden_transfer does not work with {name}: it has no {', '.join(missing)} to draft with."
-        )
-    parameters = inspect.signature(type(decoder.layers[transfer_layer]).forward).parameters
-    if [*parameters][1:4] != ["positions", "hidden_states", "residual"]:
-        raise ValueError(
-            f"hidden_transfer does not work with {name}: its layers do not take "
-            "(positions, hidden_states, residual)."
-        )
 
 
 class UnusedProposer:
@@ -121,7 +98,7 @@ class TreeRunner(GPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        check_structure(self.model, self.draft_source.transfer_layer)
+        check_model(self.model, self.draft_source.transfer_layer)
         if get_tensor_model_parallel_rank() == 0:
             logger.info("%s", self._banner())
             if self.settings.mismatch is not None:

@@ -56,8 +56,8 @@ def verify(
     """
     walk = VerificationWalk(trees)
     steps: list[tuple[list[int], SamplerOutput]] = []
-    # Full-vocabulary and per-token logprobs have no row form in stock speculation: accept nothing then.
-    root_only = metadata.max_num_logprobs == -1 or bool(metadata.logprob_token_ids)
+    # Logprobs of given token ids come in a form that has no place for several tokens a step: accept nothing then.
+    root_only = bool(metadata.logprob_token_ids)
     while walk.active:
         requests = walk.active
         rows = torch.tensor([root_rows[request] + walk.nodes[request] + 1 for request in requests])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 
 from vllm_hidden_transfer.drafting.distributions import top_candidates
 from vllm_hidden_transfer.drafting.source import DraftBatch
@@ -22,6 +23,9 @@ from vllm_hidden_transfer.tree import TokenTree, most_probable_paths
 
 if TYPE_CHECKING:
     from vllm_hidden_transfer.engine.cpu import TreeCPUModelRunner
+
+
+logger = init_logger("vllm.hidden_transfer")
 
 
 class TransferSource:
@@ -38,6 +42,9 @@ class TransferSource:
         self.maps = maps.to(device=runner.device, dtype=dtype).eval().requires_grad_(False)
         self.transfer_layer: int | None = self.config.transfer_layer
         self._temperatures = list(self.config.calibration.temperatures)
+        self._slots = np.zeros((0, 0), dtype=np.int64)
+        self.unusable_rows = 0
+        """Draft rows so far whose logits were NaN or infinite."""
 
     def describe(self) -> str:
         """Mode, k and t."""
@@ -49,7 +56,23 @@ class TransferSource:
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         logits = self.draft_logits(batch)
         tokens, log_probabilities = top_candidates(logits, self._temperatures, batch.budget)
+        self._drop_unusable(log_probabilities)
         return most_probable_paths(tokens, log_probabilities, batch.budget)
+
+    def _drop_unusable(self, log_probabilities: np.ndarray) -> None:
+        """Rows with NaN or infinite logits give no drafts (the tree builder leaves them out): count them, say so
+        once, and clear their keys and values, because the kernel reads whole blocks and 0 x NaN is NaN."""
+        rows = np.isnan(log_probabilities[:, :, 0])
+        unusable = int(rows.sum())
+        if not unusable:
+            return
+        self._runner.clear(self._slots[rows])
+        if not self.unusable_rows:
+            logger.warning(
+                "hidden_transfer: the draft pass gave NaN or infinite logits; those drafts are dropped and the "
+                "output stays exact, but expect fewer accepted drafts. This is said once."
+            )
+        self.unusable_rows += unusable
 
     def draft_logits(self, batch: DraftBatch) -> torch.Tensor:
         """The draft pass: logits [requests, k, vocabulary] for the depths 1..k of every request's tree."""
@@ -97,6 +120,7 @@ class TransferSource:
                 blocks[request, missing] = next(scratch)
         positions = firsts[:, None] + np.arange(steps)
         slots = np.take_along_axis(blocks, positions // size, axis=1) * size + positions % size
+        self._slots = slots
         starts = torch.arange(0, len(firsts) * steps + 1, steps, dtype=torch.int32)
         assert runner.step.attention is not None
         common = replace(

@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,8 @@ class Answers:
     def __init__(self) -> None:
         self._path = Path(os.environ[ANSWERS_VARIABLE])
         self._stamp = 0
-        self._sequences: list[NDArray[np.int64]] = []
+        self._sequences: dict[bytes, list[NDArray[np.int64]]] = {}
+        """By their first tokens, because a soak has hundreds of them."""
         self.vocabulary = 0
 
     def load(self) -> None:
@@ -45,13 +47,16 @@ class Answers:
         if stamp != self._stamp:
             content = json.loads(self._path.read_text())
             self.vocabulary = int(content["vocabulary"])
-            self._sequences = [np.array(sequence) for sequence in content["sequences"]]
+            self._sequences = {}
+            for tokens in content["sequences"]:
+                sequence = np.array(tokens, dtype=np.int64)
+                self._sequences.setdefault(_beginning(sequence), []).append(sequence)
             self._stamp = stamp
 
     def continuation(self, tokens: Tokens, length: int) -> list[int]:
         """What the reference says after these tokens; empty where it says nothing."""
         size = len(tokens)
-        for sequence in self._sequences:
+        for sequence in self._sequences.get(_beginning(tokens), ()):
             if len(sequence) > size and (sequence[:size] == tokens).all():
                 return list(sequence[size : size + length].tolist())
         return []
@@ -64,6 +69,8 @@ class PlantedSource:
     max_path = 6
     limit: int | None = None
     """Nodes at most, below the budget; a test sets it on the class."""
+    first: bool = False
+    """Truth on the first path, as real drafts have their best guess there; a test sets it on the class."""
 
     def __init__(self, runner: object) -> None:
         self.answers = Answers()
@@ -79,7 +86,8 @@ class PlantedSource:
         """A random tree for one request; the same tokens give the same tree."""
         rng = _rng_for(tokens)
         truth = self.answers.continuation(tokens, int(rng.integers(1, self.max_path + 1)))
-        return random_tree_around(truth, self.num_nodes(rng, budget), self.answers.vocabulary, rng)
+        size, vocabulary = self.num_nodes(rng, budget), self.answers.vocabulary
+        return random_tree_around(truth, size, vocabulary, rng, first=self.first)
 
     def num_nodes(self, rng: np.random.Generator, budget: int) -> int:
         """How many nodes the next tree gets."""
@@ -158,9 +166,14 @@ def planted_tree(shape: Shape, answers: Answers, tokens: Tokens) -> TokenTree:
 
 
 def random_tree_around(
-    truth: Sequence[int], size: int, vocabulary: int, rng: np.random.Generator
+    truth: Sequence[int],
+    size: int,
+    vocabulary: int,
+    rng: np.random.Generator,
+    *,
+    first: bool = False,
 ) -> TokenTree:
-    """A random tree of ``size`` nodes with the path ``truth`` in it (as much of it as fits)."""
+    """A random tree of ``size`` nodes with the path ``truth`` in it (as much of it as fits), anywhere or first."""
     truth = list(truth[:size])
     junk = size - len(truth)
     tokens: list[int] = []
@@ -168,7 +181,8 @@ def random_tree_around(
     on_path = ROOT
     planted = 0
     # Truth and junk arrive in random order, so the true path is anywhere in the layout.
-    for is_truth in rng.permutation([True] * len(truth) + [False] * junk):
+    kinds = [True] * len(truth) + [False] * junk
+    for is_truth in kinds if first else rng.permutation(kinds):
         if is_truth:
             tokens.append(truth[planted])
             parents.append(on_path)
@@ -178,6 +192,10 @@ def random_tree_around(
             tokens.append(int(rng.integers(0, vocabulary)))
             parents.append(int(rng.integers(ROOT, len(tokens) - 1)))
     return TokenTree(np.array(tokens, dtype=np.int64), np.array(parents, dtype=np.int64))
+
+
+def _beginning(tokens: NDArray[Any]) -> bytes:
+    return np.asarray(tokens[:1], dtype=np.int64).tobytes()
 
 
 def _rng_for(tokens: Tokens) -> np.random.Generator:

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of every setting: answers with trees identical to those without speculation.
+
+Both engines of a setting get the same options. Drafts are random trees of 16 nodes with the reference's continuation
+among junk, so that long paths are accepted and most of each tree is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.matrix.record import record
+from tests.matrix.rows import BY_NAME, Row
+from tests.matrix.settings import SETTINGS, Setting
+from tests.support.answers import Answer, ask, assert_same
+from tests.support.engines import counters_of, engine, planted_options, random_prompts
+from tests.support.models import VOCABULARY, environment
+from vllm_hidden_transfer.evaluation import planted
+
+pytestmark = pytest.mark.engine
+
+BUDGET = 16
+NUM_PROMPTS = 8
+UNCUT = {"max_num_batched_tokens": 2048}
+"""Of the reference only: stock dies of a seeded request whose prompt is cut into chunks (test_stock_bugs.py)."""
+LONG_ENOUGH = 16
+"""Requests of at least so many tokens must show an acceptance length of 2."""
+
+
+def cases() -> Iterator[Any]:
+    for setting in SETTINGS:
+        marks = [pytest.mark.xdist_group(setting.name)]
+        if setting.matrix:
+            marks.append(pytest.mark.matrix)
+        for row in setting.rows:
+            yield pytest.param(setting, BY_NAME[row], id=f"{setting.name}-{row}", marks=marks)
+
+
+@dataclass
+class Reference:
+    """What the engine without speculation answered to one row."""
+
+    sampling: list[dict[str, Any]]
+    answers: list[Answer]
+    base: list[Answer]
+    hits: int
+
+
+@dataclass
+class Pair:
+    """The engines of one setting: the reference's answers, all taken, and the engine with trees, running."""
+
+    setting: Setting
+    prompts: list[list[int]]
+    references: dict[str, Reference]
+    answers_file: Path
+    lora: list[Any] | None
+    llm: Any = None
+    lengths: dict[str, float] = field(default_factory=dict)
+
+    def run(self, row: Row) -> tuple[list[Answer], float, int, int]:
+        """The row with trees: answers, acceptance length, accepted tokens, prefix-cache hits."""
+        reference = self.references[row.name]
+        ordered = [reference.base, reference.answers]
+        sequences = [
+            a.sequence for part in (ordered if row.runs_on else ordered[::-1]) for a in part
+        ]
+        planted.write_answers(self.answers_file, sequences, VOCABULARY)
+        planted.PlantedSource.first = row.first
+        before, hits = counters_of(self.llm), prefix_hits(self.llm)
+        answers = ask(self.llm, self.prompts, reference.sampling, self.lora)
+        spent = counters_of(self.llm) - before
+        tokens = sum(len(answer.token_ids) - 1 for answer in answers)
+        length = tokens / max(tokens - spent.accepted_tokens, 1)
+        return answers, length, spent.accepted_tokens, prefix_hits(self.llm) - hits
+
+
+def prefix_hits(llm: Any) -> int:
+    return value_of(llm, "vllm:prefix_cache_hits")
+
+
+def value_of(llm: Any, name: str) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def take_reference(llm: Any, row: Row, pair: Pair) -> Reference:
+    base_sampling = [
+        {**row.base, "seed": 100 + index} if row.base["temperature"] else dict(row.base)
+        for index in range(len(pair.prompts))
+    ]
+    base = ask(llm, pair.prompts, base_sampling, pair.lora)
+    tokenizer = llm.get_tokenizer()
+    sampling = [
+        {**own, **row.change(index, answer, tokenizer)}
+        for index, (own, answer) in enumerate(zip(base_sampling, base, strict=True))
+    ]
+    hits = prefix_hits(llm)
+    answers = base
+    if sampling != base_sampling:
+        answers = ask(llm, pair.prompts, sampling, pair.lora)
+    return Reference(sampling, answers, base, prefix_hits(llm) - hits)
+
+
+class Pairs:
+    """The pair of the setting that is being asked; the one before is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = contextlib.ExitStack()
+        self._pair: Pair | None = None
+
+    def of(self, setting: Setting) -> Pair:
+        if self._pair is None or self._pair.setting is not setting:
+            self.close()
+            self._pair = self._open(setting)
+        return self._pair
+
+    def close(self) -> None:
+        self._pair = None
+        self._stack.close()
+
+    def _open(self, setting: Setting) -> Pair:
+        target = setting.target(self._folder)
+        options = {"skip_tokenizer_init": False, **setting.options}
+        lora = None
+        if setting.adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            adapter = LoRARequest("random", 1, str(setting.adapter(self._folder, target)))
+            lora = [adapter if index % 2 else None for index in range(NUM_PROMPTS)]
+        prompts = random_prompts(NUM_PROMPTS, **{"seed": 5, **setting.prompts})
+        pair = Pair(setting, prompts, {}, self._folder / f"{setting.name}.json", lora)
+        self._stack.enter_context(environment(**setting.environment))
+        with engine(target, **{**options, **UNCUT}) as llm:
+            for name in setting.rows:
+                pair.references[name] = take_reference(llm, BY_NAME[name], pair)
+        planted.write_answers(pair.answers_file, [], VOCABULARY)
+        planted.PlantedSource.limit = None
+        drafting = planted_options(BUDGET)
+        pair.llm = self._stack.enter_context(engine(target, **{**options, **drafting}))
+        return pair
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
+    opened = Pairs(tmp_path_factory.mktemp("targets"))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(("setting", "row"), [*cases()])
+def test_identical(setting: Setting, row: Row, pairs: Pairs) -> None:
+    pair = pairs.of(setting)
+    reference = pair.references[row.name]
+    preempted = value_of(pair.llm, "vllm:num_preemptions")
+    answers, length, accepted, hits = pair.run(row)
+    assert_same(reference.answers, answers)
+    if setting.preempts:
+        assert value_of(pair.llm, "vllm:num_preemptions") > preempted
+    elif reference.answers is not reference.base:
+        assert hits == reference.hits
+    if row.outcome == "falls back":
+        assert accepted == 0
+    elif max(len(answer.token_ids) for answer in reference.answers) >= LONG_ENOUGH:
+        assert length >= 2
+    record(setting.name, row.name, row.outcome, length)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planted errors, each of which a named test must catch: ``make mutations`` or ``python -m tests.mutations [NAME]``.
+
+Every error is planted in a copy of the sources, and its test is run there. An error that survives is a hole in the
+tests, and ends the command with status 1.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "vllm_hidden_transfer"
+IDENTITY = "tests/engine/test_identity.py::test_core[float32-eager]"
+SEEDED = "tests/engine/test_sampling.py::test_a_seed_gives_the_text_of_no_speculation"
+MIXED = "tests/matrix/test_features.py::test_identical[default-mixed]"
+LIVE = "tests/engine/test_demo_target.py::test_core"
+CHUNKS = (
+    "tests/engine/test_stock_bugs.py::test_a_seeded_prompt_in_chunks_gives_the_text_of_one_piece"
+)
+ENUMERATION = "tests/statistics/test_enumeration.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One planted error: texts of a file, what they become, and the test that must fail."""
+
+    name: str
+    file: str
+    changes: tuple[tuple[str, str], ...]
+    test: str
+
+
+MUTATIONS = (
+    Mutation(
+        "mask off by one",
+        "tree/layout.py",
+        (("path = tree.path(stop - 2) + 1 + root_row", "path = tree.path(stop - 2) + root_row"),),
+        IDENTITY,
+    ),
+    Mutation(
+        "position off by one",
+        "tree/token_tree.py",
+        (
+            (
+                "np.concatenate([np.zeros(1, dtype=np.int64), self.depths])",
+                "np.concatenate([np.zeros(1, dtype=np.int64), self.depths + 1])",
+            ),
+        ),
+        IDENTITY,
+    ),
+    Mutation(
+        "compaction skipped",
+        "engine/runner.py",
+        (("self.compact(rows, slots)", "self.compact([], [])"),),
+        IDENTITY,
+    ),
+    Mutation(
+        "parents out of step with tokens",
+        "engine/runner.py",
+        (
+            (
+                "self.trees[request_id] = tree",
+                "self.trees[request_id] = TokenTree(\n"
+                "                tree.tokens, np.array([-1, *tree.parents[:-1]][: len(tree)], dtype=np.int64)\n"
+                "            )",
+            ),
+        ),
+        IDENTITY,
+    ),
+    Mutation(
+        "truncation ignored",
+        "engine/runner.py",
+        (("return tree.truncated(len(tokens))", "return tree"),),
+        IDENTITY,
+    ),
+    Mutation(
+        "stale tree",
+        "engine/runner.py",
+        (
+            ("self.trees[request_id] = tree", "self.trees.setdefault(request_id, tree)"),
+            ("self.trees.pop(request_id, None)", "self.trees.get(request_id)"),
+            (
+                "if tree is not None and tree.tokens[: len(tokens)].tolist() == tokens:",
+                "if tree is not None and len(tree) >= len(tokens):",
+            ),
+        ),
+        "tests/matrix/test_features.py::test_identical[preemption-greedy]",
+    ),
+    Mutation(
+        "hidden state of the wrong row",
+        "engine/runner.py",
+        (("return self.root_row(request) + node + 1", "return self.root_row(request) + node"),),
+        LIVE,
+    ),
+    Mutation(
+        "penalty path ignored",
+        "engine/sampling.py",
+        (("[*outputs[request], *walk.tokens[request]]", "[*outputs[request]]"),),
+        SEEDED,
+    ),
+    Mutation(
+        "seed row shifted",
+        "engine/sampling.py",
+        (
+            (
+                "place: metadata.generators[request]",
+                "len(requests) - 1 - place: metadata.generators[request]",
+            ),
+        ),
+        SEEDED,
+    ),
+    Mutation(
+        "bonus token doubled",
+        "engine/sampling.py",
+        (
+            (
+                "(num_requests, len(steps)), PLACEHOLDER",
+                "(num_requests, len(steps) + 1), PLACEHOLDER",
+            ),
+            (
+                "sampled[requests, depth] = output.sampled_token_ids[:, 0]",
+                "sampled[requests, depth : depth + 2] = output.sampled_token_ids",
+            ),
+        ),
+        IDENTITY,
+    ),
+    Mutation(
+        "min_tokens counts no path",
+        "engine/sampling.py",
+        (("if len(output) + len(walk.tokens[request]) < minimum:", "if len(output) < minimum:"),),
+        "tests/matrix/test_features.py::test_identical[default-min_tokens]",
+    ),
+    Mutation(
+        "min_p of another request",
+        "engine/sampling.py",
+        (
+            (
+                "picked.min_p = processor.min_p[requests]",
+                "picked.min_p = processor.min_p[requests[::-1]]",
+            ),
+        ),
+        MIXED,
+    ),
+    Mutation(
+        "scratch copy skipped",
+        "tree/layout.py",
+        (("if first_position % block_size:", "if False:"),),
+        IDENTITY,
+    ),
+    Mutation(
+        "draw of an unfinished prompt not taken back",
+        "patches/seeded_chunks.py",
+        (("generator.set_state(states[request])", "pass"),),
+        CHUNKS,
+    ),
+    Mutation(
+        "walk does not move",
+        "tree/walk.py",
+        (("self.nodes[request] = child", "pass"),),
+        ENUMERATION,
+    ),
+)
+
+
+def plant(mutation: Mutation, folder: Path) -> None:
+    """Copy the sources to a folder and plant the error there."""
+    for name in (PACKAGE, "tests", "examples"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    path = folder / PACKAGE / mutation.file
+    text = path.read_text()
+    for before, after in mutation.changes:
+        if text.count(before) != 1:
+            raise ValueError(
+                f"{mutation.name}: {mutation.file} has {before!r} {text.count(before)} times, not once"
+            )
+        text = text.replace(before, after)
+    path.write_text(text)
+
+
+def is_caught(mutation: Mutation) -> tuple[bool, str]:
+    """Whether the named test fails, and its last line."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plant(mutation, folder)
+        # Run in the copy, so that its package comes before the installed one.
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-q",
+                "--tb=no",
+                "-p",
+                "no:cacheprovider",
+                mutation.test,
+            ],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    lines = done.stdout.strip().splitlines() or ["no output"]
+    # 1: tests failed. A crash counts too, a wrong name of a test does not.
+    return done.returncode not in (0, 2, 3, 4, 5), lines[-1]
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="only these; all by default")] = None,
+) -> None:
+    """Plant every error and report which test caught it."""
+    chosen = [mutation for mutation in MUTATIONS if not names or mutation.name in names]
+    table = Table("planted error", "caught", "by", "s")
+    survived = []
+    console = Console(width=160)
+    for mutation in chosen:
+        started = time.monotonic()
+        caught, last = is_caught(mutation)
+        seconds = time.monotonic() - started
+        console.print(f"{mutation.name}: {last}", highlight=False)
+        table.add_row(mutation.name, "yes" if caught else "NO", mutation.test, f"{seconds:.0f}")
+        if not caught:
+            survived.append(mutation.name)
+    console.print(table)
+    if survived or not chosen:
+        console.print(f"survived: {', '.join(survived) or 'no such error'}")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
