@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_KVCACHE_SPACE=1 \
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup target demo test matrix bench lint format clean
+.PHONY: help setup target demo test matrix bench lint format clean compat
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,3 +49,6 @@ format: setup ## let ruff rewrite what it can
 clean: ## remove .venv, caches and made files, but not the downloaded target's cache
 	rm -rf .venv work build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+compat: setup ## what moved in vLLM 0.32.0 and 0.33.0 of all that we use of it
+	@$(BIN)/python scripts/check_vllm.py 0.32.0 0.33.0

@@ -47,7 +47,8 @@ def fingerprint_target(folder: str | Path) -> str:
                 for name in file.keys():  # noqa: SIM118  not a dict
                     if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints
                         samples[name] = _sample(file.get_slice(name))
-        except (SafetensorError, OSError, ValueError) as error:
+        # RuntimeError: torch cannot lay out every dtype that safetensors knows (4-bit floats).
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise FingerprintError(f"{path} cannot be read as safetensors ({error}).") from error
     if not samples:
         raise FingerprintError(f"{root} has safetensors files without tensors.")

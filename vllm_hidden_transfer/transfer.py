@@ -131,7 +131,7 @@ def load_checkpoint(folder: str | Path) -> tuple[TransferConfig, TransferMaps]:
         return config, _read_maps(path / WEIGHTS_FILE, config)
     except OSError as error:
         raise CheckpointError(
-            f"the transfer checkpoint {path} cannot be read ({error.strerror})."
+            f"the transfer checkpoint {path} cannot be read ({error.strerror or error})."
         ) from error
 
 
