@@ -66,7 +66,9 @@ SUBCLASSED: tuple[Surface, ...] = (
         ("layer", "key", "value", "kv_cache", "slot_mapping"),
     ),
     Surface(
-        "vllm._custom_ops", "cpu_attn_reshape_and_cache", ("key", "value", "slot_mapping", "isa")
+        "vllm._custom_ops",
+        "cpu_attn_reshape_and_cache",
+        ("key", "value", "slot_mapping", "isa", "k_scale", "v_scale", "kv_cache_dtype"),
     ),
     Surface("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata")),
     Surface("vllm.v1.sample.logits_processor", "MinTokensLogitsProcessor"),

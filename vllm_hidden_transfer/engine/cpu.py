@@ -55,7 +55,8 @@ class TreeCPUModelRunner(TreeRunner, CPUModelRunner):
             kernel_block_sizes,
             kv_cache_allocation_context,
         )
-        self.store = KVStore(caches, range(num_blocks, num_blocks + scratch))
+        layers = self.compilation_config.static_forward_context
+        self.store = KVStore(caches, range(num_blocks, num_blocks + scratch), layers)
         (tensor,) = kv_cache_config.kv_cache_tensors
         logger.info(
             "hidden_transfer: %d scratch blocks for tree paths (%.0f MiB beside the KV cache)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,10 +57,14 @@ class KVStore:
         caches: of each layer, [num_blocks, num_kv_heads, block_size, 2 * head_size] (K and V of a block side by
             side in the layout of vLLM's CPU kernel, which only the kernel's own write op may interpret).
         scratch: the ids of the scratch blocks.
+        layers: vLLM's attention layers by name; they know how keys and values are quantised.
     """
 
-    def __init__(self, caches: Mapping[str, torch.Tensor], scratch: range) -> None:
+    def __init__(
+        self, caches: Mapping[str, torch.Tensor], scratch: range, layers: Mapping[str, Any]
+    ) -> None:
         self.layer_names = list(caches)
+        self._layers = [layers[name] for name in self.layer_names]
         self.layer_index = {name: index for index, name in enumerate(self.layer_names)}
         self.scratch = scratch
         first = caches[self.layer_names[0]]
@@ -95,14 +100,29 @@ class KVStore:
         flat = self._stack.view(num_layers * self.num_blocks, self.num_kv_heads, -1, self.head_size)
         key_cache, value_cache = flat.chunk(2, dim=2)
         layer_slots = torch.arange(num_layers)[:, None] * (self.num_blocks * self.block_size)
-        ops.cpu_attn_reshape_and_cache(
-            keys.flatten(0, 1),
-            values.flatten(0, 1),
-            key_cache,
-            value_cache,
-            (layer_slots + slots).flatten(),
-            isa,
-        )
+        all_slots = layer_slots + slots
+        for (k_scale, v_scale, kv_cache_dtype), layers in self._by_scale().items():
+            ops.cpu_attn_reshape_and_cache(
+                keys[layers].flatten(0, 1),
+                values[layers].flatten(0, 1),
+                key_cache,
+                value_cache,
+                all_slots[layers].flatten(),
+                isa,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                kv_cache_dtype=kv_cache_dtype,
+            )
+
+    def _by_scale(self) -> dict[tuple[float, float, str], list[int] | slice]:
+        """Layers that quantise alike, which one call can write; all of them without an fp8 cache."""
+        groups: dict[tuple[float, float, str], list[int]] = {}
+        for index, layer in enumerate(self._layers):
+            scale = (layer._k_scale_float, layer._v_scale_float, layer.impl.kv_cache_dtype)
+            groups.setdefault(scale, []).append(index)
+        if len(groups) == 1:  # a slice needs no copy of the rows
+            return dict.fromkeys(groups, slice(None))
+        return {**groups}
 
     def clear(self, slots: torch.Tensor, dtype: torch.dtype, isa: str) -> None:
         """Write zeros into the same slots of all layers."""
