@@ -16,11 +16,18 @@ from typing import Any
 import pytest
 
 from tests.matrix.record import record
-from tests.matrix.rows import BY_NAME, Row
+from tests.matrix.rows import BY_NAME, GREEDY, Row
 from tests.matrix.settings import SETTINGS, Setting
 from tests.support.answers import Answer, ask, assert_same
+from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import counters_of, engine, planted_options, random_prompts
-from tests.support.models import VOCABULARY, environment
+from tests.support.models import (
+    VOCABULARY,
+    add_tokenizer,
+    environment,
+    random_adapter,
+    random_model,
+)
 from vllm_hidden_transfer.evaluation import planted
 
 pytestmark = pytest.mark.engine
@@ -107,6 +114,21 @@ def take_reference(llm: Any, row: Row, pair: Pair) -> Reference:
     return Reference(sampling, answers, base, prefix_hits(llm) - hits)
 
 
+def lora_requests(target: Path, adapters: int) -> list[Any]:
+    """A random adapter for each prompt, in turn."""
+    from vllm.lora.request import LoRARequest
+
+    made = [
+        LoRARequest(
+            f"random-{seed}",
+            seed,
+            str(random_adapter(target.parent / f"adapter-{seed}", target, seed)),
+        )
+        for seed in range(1, adapters + 1)
+    ]
+    return [made[index % adapters] for index in range(NUM_PROMPTS)]
+
+
 class Pairs:
     """The pair of the setting that is being asked; the one before is closed."""
 
@@ -128,12 +150,7 @@ class Pairs:
     def _open(self, setting: Setting) -> Pair:
         target = setting.target(self._folder)
         options = {"skip_tokenizer_init": False, **setting.options}
-        lora = None
-        if setting.adapter is not None:
-            from vllm.lora.request import LoRARequest
-
-            adapter = LoRARequest("random", 1, str(setting.adapter(self._folder, target)))
-            lora = [adapter if index % 2 else None for index in range(NUM_PROMPTS)]
+        lora = lora_requests(target, setting.adapters) if setting.adapters else None
         prompts = random_prompts(NUM_PROMPTS, **{"seed": 5, **setting.prompts})
         pair = Pair(setting, prompts, {}, self._folder / f"{setting.name}.json", lora)
         self._stack.enter_context(environment(**setting.environment))
@@ -170,3 +187,27 @@ def test_identical(setting: Setting, row: Row, pairs: Pairs) -> None:
     elif max(len(answer.token_ids) for answer in reference.answers) >= LONG_ENOUGH:
         assert length >= 2
     record(setting.name, row.name, row.outcome, length)
+
+
+@pytest.mark.matrix
+def test_real_drafts_with_adapters(tmp_path: Path) -> None:
+    """The draft pass runs the upper layers with each request's own adapter."""
+    target = add_tokenizer(random_model(tmp_path / "target"))
+    checkpoint = random_checkpoint(tmp_path / "maps", target)
+    options = {
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "max_loras": 2,
+        "skip_tokenizer_init": False,
+    }
+    prompts = random_prompts(NUM_PROMPTS, seed=5)
+    lora = lora_requests(target, 2)
+    sampling = [dict(GREEDY)] * NUM_PROMPTS
+    with engine(target, **options) as llm:
+        reference = ask(llm, prompts, sampling, lora)
+    maps = {"speculative_config": {"method": "hidden_transfer", "model": str(checkpoint)}}
+    with engine(target, **options, **maps) as llm:
+        answers = ask(llm, prompts, sampling, lora)
+        counters = counters_of(llm)
+    assert_same(reference, answers)
+    assert counters.draft_tokens > counters.drafts > 0

@@ -102,7 +102,7 @@ def add_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> Path:
     return folder
 
 
-def random_adapter(folder: Path, target: Path, rank: int = 8) -> Path:
+def random_adapter(folder: Path, target: Path, seed: int = 3, rank: int = 8) -> Path:
     """Save a random LoRA adapter (PEFT's format) for the attention projections of a random Llama."""
     if (folder / "adapter_config.json").is_file():
         return folder
@@ -113,7 +113,7 @@ def random_adapter(folder: Path, target: Path, rank: int = 8) -> Path:
         "q_proj": size,
         "v_proj": size // shape["num_attention_heads"] * shape["num_key_value_heads"],
     }
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(shape["num_hidden_layers"]):
         for module, width in widths.items():

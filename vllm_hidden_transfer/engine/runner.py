@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.outputs import SamplerOutput
@@ -257,6 +258,19 @@ class TreeRunner(GPUModelRunner):
             self.trees[request_id] = tree
             drafts[request] = tree.tokens.tolist()
         return drafts
+
+    def map_adapters(self, batch_rows: NDArray[np.int64], rows_each: int) -> None:
+        """Tell LoRA layers which rows of the next pass belong to which request; nothing without LoRA.
+
+        Args:
+            batch_rows: the requests of the pass, ascending, by their row in the batch.
+            rows_each: rows of each of them.
+        """
+        if self.lora_config is None:
+            return
+        counts = np.zeros(self.input_batch.num_reqs, dtype=np.int32)
+        counts[batch_rows] = rows_each
+        self.set_active_loras(self.input_batch, counts, counts)
 
     def _for_grammar(self, request_id: str, tree: TokenTree) -> TokenTree:
         """vLLM checks drafts against a grammar as a chain, so such a request gets its most probable path."""

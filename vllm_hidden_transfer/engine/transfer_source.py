@@ -80,6 +80,7 @@ class TransferSource:
         model = self._model()
         steps = self.config.num_transfer_steps
         sampled = torch.tensor([int(tokens[-1]) for tokens in batch.token_ids])
+        self._runner.map_adapters(batch.batch_rows, 1)
         embedding = model.embed_tokens(sampled.to(batch.hidden.device))
         pseudo = self.maps(batch.hidden, embedding)
         # Row 1 stands where the sampled token will.
@@ -88,6 +89,7 @@ class TransferSource:
         metadata, slots = self._attention(batch, firsts, steps)
         last = self._runner.max_model_len - 1
         rope = torch.from_numpy(positions.clip(max=last).ravel())
+        self._runner.map_adapters(batch.batch_rows, steps)
         hidden: torch.Tensor = pseudo.flatten(0, 1)
         residual: torch.Tensor | None = None
         with set_forward_context(
