@@ -81,4 +81,4 @@ def test_is_refused_in_one_sentence(family: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=REFUSED[family]) as refusal:
         args.create_engine_config()
     assert "\n" not in str(refusal.value)
-    record("family", family, "refused")
+    record("family", family, "refused", sentence=str(refusal.value))
