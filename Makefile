@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_KVCACHE_SPACE=1 \
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup target demo test matrix bench lint format clean compat
+.PHONY: help setup target demo test matrix scope soak mutations bench compat lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,10 +29,19 @@ demo: target ## hidden transfer beside no speculation on real questions, both si
 	@$(BIN)/vllm-hidden-transfer demo --eager
 
 test: lint target ## all checks but the slow rows of the feature matrix
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not matrix and not gpu" --durations=15
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not matrix and not gpu" --durations=15
 
 matrix: target ## the whole feature matrix (slow)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not gpu" --durations=30
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" --durations=30
+
+scope: setup ## the README's scope table, from what `make matrix` recorded
+	$(BIN)/python -m tests.matrix.table
+
+soak: target ## a server under load and faults for 30 minutes
+	$(TEST_ENV) $(BIN)/python -m tests.soak --minutes 30
+
+mutations: target ## plant errors; each must be caught by a named test
+	$(TEST_ENV) $(BIN)/python -m tests.mutations
 
 bench: target ## step costs of no speculation, stock's chain and our trees
 	$(BIN)/python scripts/step_cost.py

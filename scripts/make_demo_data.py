@@ -42,7 +42,7 @@ def answered_ids(path: Path) -> set[str]:
 
 
 def main(
-    count: Annotated[int, typer.Option(help="Training prompts to answer.")] = 800,
+    count: Annotated[int, typer.Option(help="Training prompts to answer.")] = 1620,
     answer_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.")] = 160,
     batch: Annotated[int, typer.Option(help="Prompts per batch, and requests at once.")] = 100,
     target: Annotated[Path, typer.Option(help="The demo target.")] = DEFAULT_FOLDER,
