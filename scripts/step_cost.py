@@ -55,10 +55,11 @@ class Case:
 
 CASES = [
     Case("no speculation", "off", Shape("none", 0)),
+    # Next to what it is compared with, because the machine drifts.
+    Case("our step without drafts", "ours", Shape("none", 0)),
     *(Case(f"stock chain {nodes}", "stock", Shape("chain", nodes)) for nodes in CHAINS),
     *(Case(f"our chain {nodes}", "ours", Shape("chain", nodes)) for nodes in TREES),
     *(Case(f"our bushy tree {nodes}", "ours", Shape("bushy", nodes)) for nodes in TREES),
-    Case("our step without drafts", "ours", Shape("none", 0)),
     Case("draft pass", "ours", Shape("none", 0), draft_pass=True),
 ]
 
@@ -68,11 +69,15 @@ def main(
     / "examples/smollm2-135m",
     checkpoint: Annotated[Path | None, typer.Option(help="its transfer checkpoint")] = None,
     rounds: Annotated[int, typer.Option(min=2, help="interleaved rounds")] = 10,
+    case: Annotated[
+        list[str] | None, typer.Option(help="only these cases beside no speculation, by name")
+    ] = None,
     eager: Annotated[bool, typer.Option(help="eager engines, for a quick look")] = False,
     output: Annotated[Path, typer.Option(help="where the JSON goes")] = ROOT
     / "work/step_cost.json",
 ) -> None:
     """Measure step times at 1 and 8 requests and print the table."""
+    cases = chosen_cases(case)
     checkpoint = checkpoint or target / "hidden_transfer"
     machine = this_machine()
     dtype = machine.dtype
@@ -81,18 +86,34 @@ def main(
     console.print(f"{described}, {'eager' if eager else 'compiled'}: {machine.dtype_reason}")
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        engines = start_engines(stack, folder, target, checkpoint, dtype, eager)
-        seconds = measure(engines, folder, target, rounds, console)
-    report(seconds, console, byte_share(target, checkpoint))
+        names = {each.engine for each in cases}
+        engines = start_engines(stack, names, folder, target, checkpoint, dtype, eager)
+        seconds = measure(engines, cases, folder, target, rounds, console)
+    report(seconds, cases, console, byte_share(target, checkpoint))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"machine": described, "seconds": seconds}))
     console.print(f"raw figures: {output}")
 
 
+def chosen_cases(names: list[str] | None) -> list[Case]:
+    """No speculation, which all ratios are to, and the cases that were asked for."""
+    known = [case.name for case in CASES]
+    for name in names or ():
+        if name not in known:
+            raise typer.BadParameter(f"there is no case {name!r}: the cases are {', '.join(known)}")
+    return [case for case in CASES if not names or case is CASES[0] or case.name in names]
+
+
 def start_engines(
-    stack: ExitStack, folder: Path, target: Path, checkpoint: Path, dtype: str, eager: bool
+    stack: ExitStack,
+    names: set[str],
+    folder: Path,
+    target: Path,
+    checkpoint: Path,
+    dtype: str,
+    eager: bool,
 ) -> dict[str, EngineProcess]:
-    """The three engines, ready."""
+    """The engines that are needed, ready."""
     env = {
         "OMP_NUM_THREADS": "2",
         FOLDER_VARIABLE: str(folder),
@@ -128,6 +149,8 @@ def start_engines(
     write_answers(folder / "answers.json", [], 1)
     engines = {}
     for name, options in speculation.items():
+        if name not in names:
+            continue
         log = ROOT / "work" / "step_cost" / f"{name}.log"
         engines[name] = stack.enter_context(EngineProcess(name, {**common, **options}, log, env))
     for engine in engines.values():
@@ -136,7 +159,12 @@ def start_engines(
 
 
 def measure(
-    engines: dict[str, EngineProcess], folder: Path, target: Path, rounds: int, console: Console
+    engines: dict[str, EngineProcess],
+    cases: list[Case],
+    folder: Path,
+    target: Path,
+    rounds: int,
+    console: Console,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds a step, by number of requests and case, one value a round."""
     lines = (ROOT / "examples/prompts/unseen.jsonl").read_text().splitlines()
@@ -150,14 +178,14 @@ def measure(
     ]
     write_answers(folder / "answers.json", sequences, vocabulary)
     seconds: dict[str, dict[str, list[float]]] = {
-        str(count): {case.name: [] for case in CASES} for count in (1, 8)
+        str(count): {case.name: [] for case in cases} for count in (1, 8)
     }
     timings = folder / "draft_seconds.jsonl"
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=2 * (rounds + 1) * len(CASES))
+        task = progress.add_task("measuring", total=2 * (rounds + 1) * len(cases))
         for turn in range(rounds + 1):
             for count in (1, 8):
-                for case in CASES if turn % 2 else CASES[::-1]:
+                for case in cases if turn % 2 else cases[::-1]:
                     Control.write(folder, case.shape, draft_pass=case.draft_pass)
                     timings.write_text("")
                     per_step = 1 + min(case.shape.accepted, case.shape.nodes)
@@ -227,19 +255,21 @@ def ratio(one: list[float], other: list[float]) -> tuple[float, float, float]:
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-def report(seconds: dict[str, dict[str, list[float]]], console: Console, share: float) -> None:
+def report(
+    seconds: dict[str, dict[str, list[float]]], cases: list[Case], console: Console, share: float
+) -> None:
     """Print the table: milliseconds, ratio to no speculation, ratio to the stock chain of as many rows."""
-    for count, cases in seconds.items():
+    for count, found in seconds.items():
         table = Table(
-            title=f"{count} request(s), median ms a step, {len(cases['no speculation'])} rounds"
+            title=f"{count} request(s), median ms a step, {len(found['no speculation'])} rounds"
         )
         for column in ("step", "ms", "to no speculation", "to the stock chain of as many rows"):
             table.add_column(column)
-        for case in CASES:
-            values = cases[case.name]
+        for case in cases:
+            values = found[case.name]
             nodes = 3 if case.draft_pass else case.shape.nodes
-            chain = cases.get(f"stock chain {nodes}")
-            ratios = [ratio(values, cases["no speculation"])]
+            chain = found.get(f"stock chain {nodes}")
+            ratios = [ratio(values, found["no speculation"])]
             ratios += [ratio(values, chain)] if chain is not None and case.engine == "ours" else []
             texts = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in ratios]
             table.add_row(case.name, f"{1e3 * statistics.median(values):.1f}", *texts)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,19 @@ from tests.support.engines import (
     differences,
     engine,
     generate,
+    planted_options,
 )
+from vllm_hidden_transfer.drafting.source import DraftBatch
+from vllm_hidden_transfer.engine.cpu import TreeCPUModelRunner
+from vllm_hidden_transfer.engine.transfer_source import TransferSource
 from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.tree import TokenTree
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = Path(__file__).parents[2] / "examples" / "prompts" / "unseen.jsonl"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PROMPTS = EXAMPLES / "prompts" / "unseen.jsonl"
+TARGET = EXAMPLES / "smollm2-135m"
 CHUNKED: dict[str, Any] = {
     "max_num_batched_tokens": 64,
     "enable_prefix_caching": True,
@@ -44,6 +52,18 @@ def chat_prompts(target: Path, count: int) -> list[list[int]]:
         )
         for line in lines[:: len(lines) // count][:count]
     ]
+
+
+class LimitedSource(TransferSource):
+    """The committed maps with any budget below the engine's: an engine of its own for each takes too long."""
+
+    limit = 16
+
+    def __init__(self, runner: TreeCPUModelRunner) -> None:
+        super().__init__(runner, str(TARGET / "hidden_transfer"))
+
+    def propose(self, batch: DraftBatch) -> list[TokenTree]:
+        return super().propose(replace(batch, budget=min(batch.budget, self.limit)))
 
 
 def with_maps(target: Path, budget: int) -> dict[str, Any]:
@@ -74,7 +94,7 @@ def test_core(demo_target: Path) -> None:
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_grid(dtype: str, eager: bool, demo_target: Path, record_property: Any) -> None:
-    """8 prompts x 64 tokens, budgets 1 to 32, batched and one by one."""
+    """8 prompts x 64 tokens, budgets 1 to 32 in one engine, batched and one by one."""
     options = {"dtype": dtype, "enforce_eager": eager, **CHUNKED}
     prompts = chat_prompts(demo_target, 8)
     with engine(demo_target, **options) as llm:
@@ -88,8 +108,10 @@ def test_grid(dtype: str, eager: bool, demo_target: Path, record_property: Any) 
             f"{differences(reference, alone)} differ batched and one by one"
         )
     assert_identical(reference, alone, demo_target, dtype)
-    for budget in (1, 4, 8, 16, 32):
-        with engine(demo_target, **options, **with_maps(demo_target, budget)) as llm:
+    source = f"{LimitedSource.__module__}:{LimitedSource.__name__}"
+    with engine(demo_target, **options, **planted_options(32, source)) as llm:
+        for budget in (1, 4, 8, 16, 32):
+            LimitedSource.limit = budget
             for group, expected in ((None, reference), (1, alone)):
                 before = counters_of(llm)
                 texts = generate(llm, prompts, max_tokens=64, group=group)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.matrix.record import record
 from tests.support.engines import engine
 from tests.support.servers import SMALL, VLLM, chat, metric, serve
 
@@ -64,6 +65,7 @@ def test_the_same_text(
     assert len(banner) == 1
     for word in ("two-pass", "k = 4", "t = 20 of 30", "16 nodes", "float32", "CPU_ATTN"):
         assert word in banner[0]
+    record("way", "vllm serve", "works")
 
 
 def test_a_refusal_is_one_sentence(random_target: Path, tmp_path: Path) -> None:
@@ -113,6 +115,7 @@ def test_vllm_bench(bench: str, demo_target: Path, tmp_path: Path) -> None:
     way = ["--speculative-model", "hidden_transfer"]
     printed = run_bench(bench, *target, *way, *SIZES[bench].split(), cwd=tmp_path)
     assert "hidden_transfer is on" in printed
+    record("way", "vllm bench", "works")
 
 
 @pytest.mark.matrix

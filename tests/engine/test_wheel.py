@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.matrix.record import record
 from tests.support.servers import chat, metric, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix, pytest.mark.timeout(1500)]
@@ -58,3 +59,4 @@ def test_the_wheel_serves(demo_target: Path, tmp_path: Path) -> None:
             drafts = metric(url, "vllm:spec_decode_num_drafts_total")
     assert texts[0] == texts[1]
     assert drafts > 0
+    record("way", "vllm serve, from the built wheel", "works")

@@ -35,6 +35,8 @@ class Row:
     note: str = ""
     runs_on: bool = False
     """Drafts follow the base answer beyond the end of the reference, so that the end lies inside a path."""
+    second_turn: bool = False
+    """Asked with the greedy row's prompts and answers and something more as prompts."""
     first: bool = False
     """Drafts have their truth on the first path: what a request that gets a chain keeps of its tree."""
 
@@ -182,6 +184,11 @@ ROWS: tuple[Row, ...] = (
         first=True,
     ),
     Row("grammar", "structured output: grammar", SEEDED, structured(grammar=GRAMMAR), first=True),
+    Row(
+        "second_turn",
+        "a second turn, from prefix-cache blocks that trees have written",
+        second_turn=True,
+    ),
     Row("mixed", "all of these in one batch", GREEDY, _mixed, first=True),
 )
 

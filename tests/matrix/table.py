@@ -50,6 +50,7 @@ def _requests(found: Found) -> Iterator[str]:
     for name in default.rows:
         row = BY_NAME[name]
         yield _line(row.title, *_case(found, "default", name), row.note)
+    yield _line("detokenised streaming", *_case(found, "default", "streamed"), "")
 
 
 def _engines(found: Found) -> Iterator[str]:
@@ -66,6 +67,13 @@ def _engines(found: Found) -> Iterator[str]:
             min(lengths, default=""),
             f"asked with: {what}" + (f". {setting.note}" if setting.note else ""),
         )
+
+
+def _ways_in(found: Found) -> Iterator[str]:
+    yield _line("`LLM`", *_case(found, "default", "greedy"), "everything above")
+    yield _line("`AsyncLLM`", *_case(found, "async_llm", "greedy"), "")
+    for way in ("vllm serve", "vllm serve, from the built wheel", "vllm bench"):
+        yield _line(f"`{way}`", *_case(found, "way", way), "")
 
 
 def _families(found: Found) -> Iterator[str]:
@@ -88,6 +96,7 @@ def render(results: dict[str, Any]) -> str:
     parts = {
         "request features": _requests(found),
         "engine features": _engines(found),
+        "ways in": _ways_in(found),
         "model families": _families(found),
         "refused when the configuration is checked": _refusals(found),
     }

@@ -7,6 +7,7 @@ among junk, so that long paths are accepted and most of each tree is wrong.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,6 +72,22 @@ class Pair:
     llm: Any = None
     lengths: dict[str, float] = field(default_factory=dict)
 
+    def prompts_of(self, row: Row) -> list[list[int]]:
+        if not row.second_turn:
+            return self.prompts
+        turns = self.references["greedy"].answers
+        more = random_prompts(len(turns), seed=6, longest=20)
+        return [[*turn.sequence, *prompt] for turn, prompt in zip(turns, more, strict=True)]
+
+    def warm_up(self, row: Row) -> None:
+        """Bring the prefix cache to where the reference's was, whichever rows were run before."""
+        if row.second_turn:
+            self.run(BY_NAME["greedy"])
+        else:
+            ask(
+                self.llm, self.prompts, [{**GREEDY, "max_tokens": 1}] * len(self.prompts), self.lora
+            )
+
     def run(self, row: Row) -> tuple[list[Answer], float, int, int]:
         """The row with trees: answers, acceptance length, accepted tokens, prefix-cache hits."""
         reference = self.references[row.name]
@@ -81,7 +98,7 @@ class Pair:
         planted.write_answers(self.answers_file, sequences, VOCABULARY)
         planted.PlantedSource.first = row.first
         before, hits = counters_of(self.llm), prefix_hits(self.llm)
-        answers = ask(self.llm, self.prompts, reference.sampling, self.lora)
+        answers = ask(self.llm, self.prompts_of(row), reference.sampling, self.lora)
         spent = counters_of(self.llm) - before
         tokens = sum(len(answer.token_ids) - 1 for answer in answers)
         length = tokens / max(tokens - spent.accepted_tokens, 1)
@@ -101,17 +118,18 @@ def take_reference(llm: Any, row: Row, pair: Pair) -> Reference:
         {**row.base, "seed": 100 + index} if row.base["temperature"] else dict(row.base)
         for index in range(len(pair.prompts))
     ]
-    base = ask(llm, pair.prompts, base_sampling, pair.lora)
+    prompts, before = pair.prompts_of(row), prefix_hits(llm)
+    base = ask(llm, prompts, base_sampling, pair.lora)
     tokenizer = llm.get_tokenizer()
     sampling = [
         {**own, **row.change(index, answer, tokenizer)}
         for index, (own, answer) in enumerate(zip(base_sampling, base, strict=True))
     ]
-    hits = prefix_hits(llm)
     answers = base
     if sampling != base_sampling:
-        answers = ask(llm, pair.prompts, sampling, pair.lora)
-    return Reference(sampling, answers, base, prefix_hits(llm) - hits)
+        before = prefix_hits(llm)
+        answers = ask(llm, prompts, sampling, pair.lora)
+    return Reference(sampling, answers, base, prefix_hits(llm) - before)
 
 
 def lora_requests(target: Path, adapters: int) -> list[Any]:
@@ -175,13 +193,16 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
 def test_identical(setting: Setting, row: Row, pairs: Pairs) -> None:
     pair = pairs.of(setting)
     reference = pair.references[row.name]
+    pair.warm_up(row)
     preempted = value_of(pair.llm, "vllm:num_preemptions")
     answers, length, accepted, hits = pair.run(row)
     assert_same(reference.answers, answers)
     if setting.preempts:
         assert value_of(pair.llm, "vllm:num_preemptions") > preempted
-    elif reference.answers is not reference.base:
+    elif reference.answers is not reference.base or row.second_turn:
         assert hits == reference.hits
+    if row.second_turn:
+        assert hits > 0
     if row.outcome == "falls back":
         assert accepted == 0
     elif max(len(answer.token_ids) for answer in reference.answers) >= LONG_ENOUGH:
@@ -211,3 +232,73 @@ def test_real_drafts_with_adapters(tmp_path: Path) -> None:
         counters = counters_of(llm)
     assert_same(reference, answers)
     assert counters.draft_tokens > counters.drafts > 0
+
+
+@pytest.mark.xdist_group("default")
+def test_streamed_text(pairs: Pairs) -> None:
+    """The pieces of detokenised text that a stream gives are the text of no speculation."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    pair = pairs.of(SETTINGS[0])
+    reference = pair.references["greedy"]
+    planted.write_answers(pair.answers_file, [a.sequence for a in reference.answers], VOCABULARY)
+    llm_engine = pair.llm.llm_engine
+    params = SamplingParams(**GREEDY, output_kind=RequestOutputKind.DELTA)
+    for index, prompt in enumerate(pair.prompts):
+        llm_engine.add_request(f"stream-{index}", {"prompt_token_ids": prompt}, params)
+    texts = [""] * len(pair.prompts)
+    pieces = 0
+    while llm_engine.has_unfinished_requests():
+        for output in llm_engine.step():
+            texts[int(output.request_id.removeprefix("stream-"))] += output.outputs[0].text
+            pieces += 1
+    assert texts == [answer.text for answer in reference.answers]
+    assert pieces < GREEDY["max_tokens"] * len(pair.prompts) / 2  # several tokens a piece
+    record("default", "streamed", "works")
+
+
+@pytest.mark.matrix
+def test_async_llm(tmp_path: Path) -> None:
+    """``AsyncLLM``, which ``vllm serve`` is built on, with requests that come and go."""
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    target = add_tokenizer(random_model(tmp_path / "target"))
+    prompts = random_prompts(NUM_PROMPTS, seed=5)
+    with engine(target, skip_tokenizer_init=False) as llm:
+        reference = ask(llm, prompts, [dict(GREEDY)] * NUM_PROMPTS)
+    planted.write_answers(tmp_path / "a.json", [a.sequence for a in reference], VOCABULARY)
+
+    async def ask_all() -> list[list[int]]:
+        arguments = AsyncEngineArgs(
+            model=str(target),
+            dtype="float32",
+            enforce_eager=True,
+            kv_cache_memory_bytes=1 << 28,
+            max_model_len=512,
+            max_num_seqs=8,
+            block_size=32,
+            **planted_options(BUDGET),
+        )
+        serving = AsyncLLM.from_engine_args(arguments)
+        try:
+            return await asyncio.gather(
+                *(one(serving, index, prompt) for index, prompt in enumerate(prompts))
+            )
+        finally:
+            serving.shutdown()
+
+    async def one(serving: Any, index: int, prompt: list[int]) -> list[int]:
+        await asyncio.sleep(0.05 * index)
+        ids: list[int] = []
+        request = {"prompt_token_ids": prompt}
+        async for output in serving.generate(request, SamplingParams(**GREEDY), f"r{index}"):
+            ids = list(output.outputs[0].token_ids)
+        return ids
+
+    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"):
+        answers = asyncio.run(ask_all())
+    assert answers == [answer.token_ids for answer in reference]
+    record("async_llm", "greedy", "works")

@@ -147,10 +147,10 @@ RANK_PROBABILITIES = (0.5, 0.17, 0.09, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01, 0.00
 
 def planted_tree(shape: Shape, answers: Answers, tokens: Tokens) -> TokenTree:
     """The tree of this shape after these tokens; the same tokens give the same tree."""
+    if shape.kind == "none":  # before anything that would cost time in a step without drafts
+        return TokenTree.chain([])
     rng = _rng_for(tokens)
     truth = answers.continuation(tokens, shape.accepted)
-    if shape.kind == "none":
-        return TokenTree.chain([])
     if shape.kind == "chain":
         truth = truth[: shape.nodes]
         junk = rng.integers(0, answers.vocabulary, shape.nodes - len(truth))
