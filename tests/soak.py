@@ -36,8 +36,10 @@ REPORT = ROOT / "work" / "soak.json"
 BUDGET = 8
 LONGEST_ANSWER = 48
 MODEL_LEN = 320
-GROWTH_MB = 64
-"""Memory that a server may gain between a third of the time and the end."""
+WARM_MINUTES = 4
+"""Until a server has met its largest batches its allocator still grows (measured: up to three minutes)."""
+GROWTH_MB, GROWTH_MB_COLD = 64, 192
+"""Memory that a server may gain in the last third of a soak, and in one that ends before it is warm."""
 
 
 @dataclass
@@ -103,7 +105,10 @@ class Clients:
             api_key="none",
             max_retries=0,
             timeout=300,
-            http_client=httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=300),
+            # A connection that is kept may be closed by the server just when it is used again.
+            http_client=httpx.AsyncClient(
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0), timeout=300
+            ),
         )
         self._model = ""
 
@@ -260,7 +265,7 @@ def run(minutes: float, clients: int, prompts: int, folder: Path) -> dict[str, A
         "counters": {**counters, "accepted_tokens": accepted},
         "held_at_the_end": held,
         "memory_mb": {
-            "a_third": round(max(memory[: len(memory) // 3 + 1])),
+            "two_thirds": round(max(memory[: 2 * len(memory) // 3 + 1])),
             "end": round(memory[-1]),
         },
     }
@@ -283,14 +288,16 @@ def _sort_out(tally: Tally, load: Load, target: Path) -> tuple[list[Any], list[A
 
 
 def _problems(report: dict[str, Any], tally: Tally) -> list[str]:
-    grown = report["memory_mb"]["end"] - report["memory_mb"]["a_third"]
+    grown = report["memory_mb"]["end"] - report["memory_mb"]["two_thirds"]
+    warm = report["minutes"] * 2 / 3 >= WARM_MINUTES
+    allowed = GROWTH_MB if warm else GROWTH_MB_COLD
     counters = report["counters"]
     checks = {
         f"{len(report['mismatches'])} greedy answers differ": bool(report["mismatches"]),
         "no greedy answer was compared": not report["greedy_compared"],
         f"held at the end: {report['held_at_the_end']}": any(report["held_at_the_end"].values()),
-        f"memory grew by {grown:.0f} MB": grown > GROWTH_MB,
-        f"errors, the first: {tally.errors[:1]}": bool(tally.errors),
+        f"memory grew by {grown:.0f} MB": grown > allowed,
+        f"{len(tally.errors)} errors, the first: {tally.errors[:1]}": bool(tally.errors),
         "nothing was preempted": not counters["num_preemptions"],
         "no draft was accepted": not counters["accepted_tokens"],
         "nobody disconnected": not tally.requests["disconnected"],
