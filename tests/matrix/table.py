@@ -64,7 +64,7 @@ def _engines(found: Found) -> Iterator[str]:
         yield _line(
             setting.title,
             outcome,
-            min(lengths, default=""),
+            min(lengths, key=float, default=""),
             f"asked with: {what}" + (f". {setting.note}" if setting.note else ""),
         )
 
