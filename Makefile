@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_KVCACHE_SPACE=1 \
 .PHONY: help setup target demo test matrix scope soak mutations bench compat lint format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## .venv with vLLM for CPUs and this project (Linux x86-64, Python 3.11)
 	@command -v $(PYTHON) >/dev/null || { echo "set-up: this needs Python 3.11 and there is no $(PYTHON): \

@@ -49,9 +49,8 @@ def built_in_processors() -> Iterator[None]:
         is_pooling_model: bool,
         custom_logitsprocs: Sequence[Any] = (),
     ) -> Any:
-        if (
-            custom_logitsprocs or is_pooling_model
-        ):  # stock refuses the first and needs none for the other
+        # Stock refuses the first and needs no processors for the other.
+        if custom_logitsprocs or is_pooling_model:
             return stock(vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs)
         return LogitsProcessors(
             kind(vllm_config, device, is_pin_memory) for kind in BUILTIN_LOGITS_PROCESSORS

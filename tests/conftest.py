@@ -22,9 +22,9 @@ pytest.register_assert_rewrite("tests.support.engines")
 @pytest.fixture(scope="session")
 def random_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 8-layer Llama, standard deviation 0.12, untied."""
-    from tests.support.models import random_llama
+    from tests.support.models import random_model
 
-    return random_llama(tmp_path_factory.mktemp("target") / "random-llama")
+    return random_model(tmp_path_factory.mktemp("target") / "random-llama")
 
 
 @pytest.fixture(scope="session")

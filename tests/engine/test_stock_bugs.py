@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.answers import ask
 from tests.support.engines import engine, planted_options, random_prompts
-from tests.support.models import add_tokenizer, random_model
+from tests.support.models import VOCABULARY, add_tokenizer, random_model
 from vllm_hidden_transfer.evaluation import planted
 
 pytestmark = pytest.mark.engine
@@ -38,7 +38,7 @@ def test_a_seeded_prompt_in_chunks_gives_the_text_of_one_piece(
     target: Path, tmp_path: Path
 ) -> None:
     prompts = random_prompts(4, lengths=(80, 70, 5, 100))
-    planted.write_answers(tmp_path / "answers.json", [], 2048)
+    planted.write_answers(tmp_path / "answers.json", [], VOCABULARY)
     whole = {**CHUNKED, "max_num_batched_tokens": 512}
     with engine(target, **whole) as llm:
         reference = ask(llm, prompts, [SEEDED] * 4)

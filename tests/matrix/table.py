@@ -101,9 +101,9 @@ def render(results: dict[str, Any]) -> str:
         "refused when the configuration is checked": _refusals(found),
     }
     lines = [
-        f"Executed, not claimed: `make matrix` on {results['machine']}, fp32. *works*: token ids, text, reasons to "
-        "end, log-probabilities and ranks are those of the same vLLM without speculation. AL: acceptance length with "
-        "planted drafts of 16 nodes, which shows that trees took part; it says nothing about real drafts.",
+        f"Executed, not claimed: cases of `make matrix` on {results['machine']}, fp32. *works*: token ids, text, "
+        "reasons to end, log-probabilities and ranks are those of the same vLLM without speculation. AL: acceptance "
+        "length with planted drafts of 16 nodes, which shows that trees took part; it says nothing about real drafts.",
     ]
     for title, rows in parts.items():
         lines += ["", _line(title, "with trees", "AL", "notes"), "|---|---|---|---|", *rows]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -21,11 +23,18 @@ from tests.matrix.rows import BY_NAME, GREEDY, Row
 from tests.matrix.settings import SETTINGS, Setting
 from tests.support.answers import Answer, ask, assert_same
 from tests.support.checkpoints import random_checkpoint
-from tests.support.engines import counters_of, engine, planted_options, random_prompts
+from tests.support.engines import (
+    SMALL,
+    Texts,
+    acceptance_length,
+    counters_of,
+    engine,
+    planted_options,
+    random_prompts,
+)
 from tests.support.models import (
     VOCABULARY,
     add_tokenizer,
-    environment,
     random_adapter,
     random_model,
 )
@@ -70,7 +79,6 @@ class Pair:
     answers_file: Path
     lora: list[Any] | None
     llm: Any = None
-    lengths: dict[str, float] = field(default_factory=dict)
 
     def prompts_of(self, row: Row) -> list[list[int]]:
         if not row.second_turn:
@@ -100,8 +108,8 @@ class Pair:
         before, hits = counters_of(self.llm), prefix_hits(self.llm)
         answers = ask(self.llm, self.prompts_of(row), reference.sampling, self.lora)
         spent = counters_of(self.llm) - before
-        tokens = sum(len(answer.token_ids) - 1 for answer in answers)
-        length = tokens / max(tokens - spent.accepted_tokens, 1)
+        texts = Texts([answer.prompt for answer in answers], [a.token_ids for a in answers])
+        length = acceptance_length(texts, spent)
         return answers, length, spent.accepted_tokens, prefix_hits(self.llm) - hits
 
 
@@ -171,7 +179,7 @@ class Pairs:
         lora = lora_requests(target, setting.adapters) if setting.adapters else None
         prompts = random_prompts(NUM_PROMPTS, **{"seed": 5, **setting.prompts})
         pair = Pair(setting, prompts, {}, self._folder / f"{setting.name}.json", lora)
-        self._stack.enter_context(environment(**setting.environment))
+        self._stack.enter_context(mock.patch.dict(os.environ, setting.environment))
         with engine(target, **{**options, **UNCUT}) as llm:
             for name in setting.rows:
                 pair.references[name] = take_reference(llm, BY_NAME[name], pair)
@@ -274,13 +282,7 @@ def test_async_llm(tmp_path: Path) -> None:
     async def ask_all() -> list[list[int]]:
         arguments = AsyncEngineArgs(
             model=str(target),
-            dtype="float32",
-            enforce_eager=True,
-            kv_cache_memory_bytes=1 << 28,
-            max_model_len=512,
-            max_num_seqs=8,
-            block_size=32,
-            **planted_options(BUDGET),
+            **{**SMALL, "skip_tokenizer_init": False, **planted_options(BUDGET)},
         )
         serving = AsyncLLM.from_engine_args(arguments)
         try:
@@ -298,7 +300,7 @@ def test_async_llm(tmp_path: Path) -> None:
             ids = list(output.outputs[0].token_ids)
         return ids
 
-    with environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"):
+    with mock.patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}):
         answers = asyncio.run(ask_all())
     assert answers == [answer.token_ids for answer in reference]
     record("async_llm", "greedy", "works")

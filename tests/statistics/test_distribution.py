@@ -18,7 +18,7 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from tests.support.engines import counters_of, engine
-from tests.support.models import random_llama
+from tests.support.models import random_model
 from vllm_hidden_transfer.evaluation.planted import GuessingSource
 
 pytestmark = pytest.mark.engine
@@ -45,7 +45,7 @@ def exact_probabilities(target: Path, prompt: list[int]) -> dict[tuple[int, ...]
 def test_sampled_texts_are_the_targets(tmp_path: Path) -> None:
     from vllm import SamplingParams
 
-    target = random_llama(tmp_path / "tiny", layers=2, vocabulary=GuessingSource.vocabulary)
+    target = random_model(tmp_path / "tiny", layers=2, vocabulary=GuessingSource.vocabulary)
     prompt = [3, 5, 4, 7, 6, 3]
     expected = exact_probabilities(target, prompt)
     assert sum(expected.values()) == pytest.approx(1)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +19,25 @@ from vllm_hidden_transfer.evaluation.engine_process import SpecCounters, spec_co
 PLANTED = "vllm_hidden_transfer.evaluation.planted:PlantedSource"
 
 
+SMALL: Mapping[str, Any] = {
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 1 << 28,
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "disable_log_stats": False,
+}
+"""Options of an engine for tests."""
+
+
 @contextmanager
 def engine(model: Path, **options: Any) -> Iterator[Any]:
     """A ``vllm.LLM`` on tokens, closed on the way out."""
     from vllm import LLM
 
-    defaults: dict[str, Any] = {
-        "model": str(model),
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": 1 << 28,
-        "max_model_len": 512,
-        "max_num_seqs": 8,
-        "block_size": 32,
-        "disable_log_stats": False,
-    }
-    llm = LLM(**{**defaults, **options})
+    llm = LLM(**{"model": str(model), **SMALL, **options})
     try:
         yield llm
     finally:

@@ -4,11 +4,9 @@ initialised with a standard deviation of 0.12, so that their greedy texts wander
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +74,6 @@ def random_model(
     return folder
 
 
-def random_llama(folder: Path, layers: int = 8, vocabulary: int = VOCABULARY) -> Path:
-    """A random Llama."""
-    return random_model(folder, "Llama", layers, vocabulary)
-
-
 def add_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> Path:
     """Give a target a byte-level BPE tokenizer of its own vocabulary, trained on some of Python's own sources."""
     from tokenizers import ByteLevelBPETokenizer
@@ -133,20 +126,3 @@ def random_adapter(folder: Path, target: Path, seed: int = 3, rank: int = 8) -> 
     }
     (folder / "adapter_config.json").write_text(json.dumps(about))
     return folder
-
-
-@contextlib.contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Environment variables for as long as this lasts."""
-    import os
-
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +36,8 @@ class Answers:
     def __init__(self) -> None:
         self._path = Path(os.environ[ANSWERS_VARIABLE])
         self._stamp = 0
-        self._sequences: dict[bytes, list[NDArray[np.int64]]] = {}
-        """By their first tokens, because a soak has hundreds of them."""
+        self._sequences: dict[int, list[NDArray[np.int64]]] = {}
+        """By their first token, because a soak has hundreds of them."""
         self.vocabulary = 0
 
     def load(self) -> None:
@@ -49,14 +48,13 @@ class Answers:
             self.vocabulary = int(content["vocabulary"])
             self._sequences = {}
             for tokens in content["sequences"]:
-                sequence = np.array(tokens, dtype=np.int64)
-                self._sequences.setdefault(_beginning(sequence), []).append(sequence)
+                self._sequences.setdefault(tokens[0], []).append(np.array(tokens))
             self._stamp = stamp
 
     def continuation(self, tokens: Tokens, length: int) -> list[int]:
         """What the reference says after these tokens; empty where it says nothing."""
         size = len(tokens)
-        for sequence in self._sequences.get(_beginning(tokens), ()):
+        for sequence in self._sequences.get(int(tokens[0]), ()):
             if len(sequence) > size and (sequence[:size] == tokens).all():
                 return list(sequence[size : size + length].tolist())
         return []
@@ -192,10 +190,6 @@ def random_tree_around(
             tokens.append(int(rng.integers(0, vocabulary)))
             parents.append(int(rng.integers(ROOT, len(tokens) - 1)))
     return TokenTree(np.array(tokens, dtype=np.int64), np.array(parents, dtype=np.int64))
-
-
-def _beginning(tokens: NDArray[Any]) -> bytes:
-    return np.asarray(tokens[:1], dtype=np.int64).tobytes()
 
 
 def _rng_for(tokens: Tokens) -> np.random.Generator:
