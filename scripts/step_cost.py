@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step costs: no speculation, stock's chain and our tree, in one run, interleaved.
+"""What a step costs: no speculation, stock's chain and our tree, in one run, in lockstep.
 
     python scripts/step_cost.py --rounds 10
 
-Three compiled engines stand side by side and compute in turns: no speculation, stock ``custom_class``, and ours. Both
-speculating sides get the same planted drafts, of which two tokens are accepted a step. Ratios are taken round by round
-and given as geometric means with 95% intervals.
+Three compiled engines stand side by side: no speculation, stock ``custom_class``, and ours. What is compared takes
+turns step by step, one engine computing while the others are idle, because a shared machine's speed drifts within a
+second. Both speculating sides get the same planted drafts, of which two tokens are accepted a step. A round gives the
+median of its steps' ratios; rounds give geometric means with 95% intervals.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy import stats
 
-from vllm_hidden_transfer.evaluation.engine_process import EngineProcess, Generation
+from vllm_hidden_transfer.evaluation.engine_process import EngineProcess
 from vllm_hidden_transfer.evaluation.machine import this_machine
 from vllm_hidden_transfer.evaluation.planted import ANSWERS_VARIABLE, Shape, write_answers
 from vllm_hidden_transfer.evaluation.step_cost import (
@@ -37,9 +38,7 @@ from vllm_hidden_transfer.evaluation.step_cost import (
 from vllm_hidden_transfer.transfer import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
-CHAINS = (3, 4, 8, 16)
 TREES = (4, 8, 16)
-STEPS = 8
 MODULE = "vllm_hidden_transfer.evaluation.step_cost"
 
 
@@ -53,14 +52,31 @@ class Case:
     draft_pass: bool = False
 
 
-CASES = [
-    Case("no speculation", "off", Shape("none", 0)),
-    # Next to what it is compared with, because the machine drifts.
-    Case("our step without drafts", "ours", Shape("none", 0)),
-    *(Case(f"stock chain {nodes}", "stock", Shape("chain", nodes)) for nodes in CHAINS),
-    *(Case(f"our chain {nodes}", "ours", Shape("chain", nodes)) for nodes in TREES),
-    *(Case(f"our bushy tree {nodes}", "ours", Shape("bushy", nodes)) for nodes in TREES),
-    Case("draft pass", "ours", Shape("none", 0), draft_pass=True),
+@dataclass(frozen=True)
+class Comparison:
+    """Cases of different engines that take turns step by step; the first one is no speculation."""
+
+    cases: tuple[Case, ...]
+
+    @property
+    def name(self) -> str:
+        """The last case's: what is measured."""
+        return self.cases[-1].name
+
+
+OFF = Case("no speculation", "off", Shape("none", 0))
+
+
+def _beside_stock(case: Case, nodes: int) -> Comparison:
+    return Comparison((OFF, Case(f"stock chain {nodes}", "stock", Shape("chain", nodes)), case))
+
+
+COMPARISONS = [
+    Comparison((OFF, Case("our step without drafts", "ours", Shape("none", 0)))),
+    *(_beside_stock(Case(f"our chain {n}", "ours", Shape("chain", n)), n) for n in TREES),
+    *(_beside_stock(Case(f"our bushy tree {n}", "ours", Shape("bushy", n)), n) for n in TREES),
+    # A draft pass has k = 4 rows a request, as many as a stock chain of 3 drafts.
+    _beside_stock(Case("draft pass", "ours", Shape("none", 0), draft_pass=True), 3),
 ]
 
 
@@ -69,15 +85,14 @@ def main(
     / "examples/smollm2-135m",
     checkpoint: Annotated[Path | None, typer.Option(help="its transfer checkpoint")] = None,
     rounds: Annotated[int, typer.Option(min=2, help="interleaved rounds")] = 10,
-    case: Annotated[
-        list[str] | None, typer.Option(help="only these cases beside no speculation, by name")
-    ] = None,
+    case: Annotated[list[str] | None, typer.Option(help="only these of our cases, by name")] = None,
+    steps: Annotated[int, typer.Option(min=4, help="steps of one round")] = 12,
     eager: Annotated[bool, typer.Option(help="eager engines, for a quick look")] = False,
     output: Annotated[Path, typer.Option(help="where the JSON goes")] = ROOT
     / "work/step_cost.json",
 ) -> None:
     """Measure step times at 1 and 8 requests and print the table."""
-    cases = chosen_cases(case)
+    comparisons = chosen_comparisons(case)
     checkpoint = checkpoint or target / "hidden_transfer"
     machine = this_machine()
     dtype = machine.dtype
@@ -86,22 +101,22 @@ def main(
     console.print(f"{described}, {'eager' if eager else 'compiled'}: {machine.dtype_reason}")
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        names = {each.engine for each in cases}
+        names = {each.engine for comparison in comparisons for each in comparison.cases}
         engines = start_engines(stack, names, folder, target, checkpoint, dtype, eager)
-        seconds = measure(engines, cases, folder, target, rounds, console)
-    report(seconds, cases, console, byte_share(target, checkpoint))
+        seconds = measure(engines, comparisons, folder, target, rounds, steps, console)
+    report(seconds, comparisons, console, byte_share(target, checkpoint))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"machine": described, "seconds": seconds}))
     console.print(f"raw figures: {output}")
 
 
-def chosen_cases(names: list[str] | None) -> list[Case]:
-    """No speculation, which all ratios are to, and the cases that were asked for."""
-    known = [case.name for case in CASES]
+def chosen_comparisons(names: list[str] | None) -> list[Comparison]:
+    """What was asked for, or everything."""
+    known = [comparison.name for comparison in COMPARISONS]
     for name in names or ():
         if name not in known:
             raise typer.BadParameter(f"there is no case {name!r}: the cases are {', '.join(known)}")
-    return [case for case in CASES if not names or case is CASES[0] or case.name in names]
+    return [each for each in COMPARISONS if not names or each.name in names]
 
 
 def start_engines(
@@ -130,7 +145,7 @@ def start_engines(
         "block_size": 32,
         "enable_prefix_caching": False,
     }
-    most = max(CHAINS)
+    most = max(TREES)
     speculation: dict[str, dict[str, Any]] = {
         "off": {},
         "stock": {
@@ -158,46 +173,79 @@ def start_engines(
     return engines
 
 
+Seconds = dict[str, dict[str, list[dict[str, list[float]]]]]
+"""By number of requests and comparison: a list of rounds, each with the seconds of all steps of each case."""
+
+
 def measure(
     engines: dict[str, EngineProcess],
-    cases: list[Case],
+    comparisons: list[Comparison],
     folder: Path,
     target: Path,
     rounds: int,
+    steps: int,
     console: Console,
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds a step, by number of requests and case, one value a round."""
+) -> Seconds:
+    """Seconds of every step."""
     lines = (ROOT / "examples/prompts/unseen.jsonl").read_text().splitlines()
     prompts = [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines[::6]][:8]
     params = {"temperature": 0.0, "ignore_eos": True}
-    reference = engines["off"].generate(prompts, {**params, "max_tokens": 4 * STEPS})
+    reference = engines["off"].generate(prompts, {**params, "max_tokens": 4 * steps})
     vocabulary = json.loads((target / "config.json").read_text())["vocab_size"]
     ids = prompt_ids(target, prompts)
     sequences = [
         [*prompt, *answer.token_ids] for prompt, answer in zip(ids, reference, strict=True)
     ]
     write_answers(folder / "answers.json", sequences, vocabulary)
-    seconds: dict[str, dict[str, list[float]]] = {
-        str(count): {case.name: [] for case in cases} for count in (1, 8)
-    }
-    timings = folder / "draft_seconds.jsonl"
+    found: Seconds = {str(count): {each.name: [] for each in comparisons} for count in (1, 8)}
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=2 * (rounds + 1) * len(cases))
+        task = progress.add_task("measuring", total=2 * (rounds + 1) * len(comparisons))
         for turn in range(rounds + 1):
             for count in (1, 8):
-                for case in cases if turn % 2 else cases[::-1]:
-                    Control.write(folder, case.shape, draft_pass=case.draft_pass)
-                    timings.write_text("")
-                    per_step = 1 + min(case.shape.accepted, case.shape.nodes)
-                    limits = {**params, "max_tokens": 1 + STEPS * per_step}
-                    answers = engines[case.engine].generate(ids[:count], limits)
-                    value = step_seconds(answers)
-                    if case.draft_pass:
-                        value = draft_seconds(timings, count)
+                for comparison in comparisons:
+                    one = lockstep(engines, comparison, folder, ids[:count], steps, turn)
                     if turn:  # the first round warms up
-                        seconds[str(count)][case.name].append(value)
+                        found[str(count)][comparison.name].append(one)
                     progress.advance(task)
-    return seconds
+    return found
+
+
+def lockstep(
+    engines: dict[str, EngineProcess],
+    comparison: Comparison,
+    folder: Path,
+    prompts: list[list[int]],
+    steps: int,
+    turn: int,
+) -> dict[str, list[float]]:
+    """One round: seconds of `steps` steps of each case, taken in turns; who goes first changes by round."""
+    drafting = comparison.cases[-1]
+    timings = folder / "draft_seconds.jsonl"
+    timings.write_text("")
+    Control.write(folder, drafting.shape, draft_pass=drafting.draft_pass)
+    going = {}
+    for case in comparison.cases:
+        per_step = 1 + min(case.shape.accepted, case.shape.nodes)
+        limits = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 2 + (steps + 1) * per_step}
+        going[case.name] = engines[case.engine].step_by_step(prompts, limits)
+    order = list(going) if turn % 2 else list(going)[::-1]
+    shape_of = {case.name: case.shape for case in comparison.cases}
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    for _ in range(steps + 1):
+        for name in order:
+            # Stock's proposer and our source read what to plant when their step ends.
+            Control.write(folder, shape_of[name], draft_pass=drafting.draft_pass)
+            seconds[name].append(next(going[name]))
+    for name in order:
+        for _ in going[name]:  # to its end
+            pass
+    found = {name: values[1:] for name, values in seconds.items()}  # the first one ends the prompt
+    if drafting.draft_pass:
+        entries = [json.loads(line) for line in timings.read_text().splitlines()]
+        found[drafting.name] = [
+            entry["seconds"] for entry in entries if entry["requests"] == len(prompts)
+        ][1 : steps + 1]
+    return found
 
 
 def prompt_ids(target: Path, prompts: list[list[dict[str, str]]]) -> list[list[int]]:
@@ -211,21 +259,6 @@ def prompt_ids(target: Path, prompts: list[list[dict[str, str]]]) -> list[list[i
         )
         for prompt in prompts
     ]
-
-
-def step_seconds(answers: list[Generation]) -> float:
-    """Median time of the steps in which every request decoded."""
-    start = max(answer.step_seconds[0] for answer in answers)
-    end = min(answer.step_seconds[-1] for answer in answers)
-    times = sorted({time for answer in answers for time in answer.step_seconds})
-    inside = [time for time in times if start <= time <= end]
-    return statistics.median(np.diff(inside).tolist())
-
-
-def draft_seconds(path: Path, count: int) -> float:
-    """Median time of the draft passes for all requests."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return statistics.median(entry["seconds"] for entry in entries if entry["requests"] == count)
 
 
 def byte_share(target: Path, checkpoint: Path) -> float:
@@ -247,32 +280,32 @@ def byte_share(target: Path, checkpoint: Path) -> float:
     return (upper + head + own) / (layers + head)
 
 
-def ratio(one: list[float], other: list[float]) -> tuple[float, float, float]:
-    """Geometric mean of the ratios round by round, and its 95% interval."""
-    logs = np.log(np.array(one) / np.array(other))
+def ratio(rounds: list[dict[str, list[float]]], one: str, other: str) -> tuple[float, float, float]:
+    """Geometric mean over rounds of the median ratio of neighbouring steps, and its 95% interval."""
+    logs = np.array(
+        [np.median(np.log(np.array(each[one]) / np.array(each[other]))) for each in rounds]
+    )
     half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
     mean = float(logs.mean())
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-def report(
-    seconds: dict[str, dict[str, list[float]]], cases: list[Case], console: Console, share: float
-) -> None:
-    """Print the table: milliseconds, ratio to no speculation, ratio to the stock chain of as many rows."""
+def report(seconds: Seconds, comparisons: list[Comparison], console: Console, share: float) -> None:
+    """Print the tables: milliseconds, ratio to no speculation, ratio to the stock chain of as many rows."""
     for count, found in seconds.items():
-        table = Table(
-            title=f"{count} request(s), median ms a step, {len(found['no speculation'])} rounds"
-        )
+        number = len(found[comparisons[0].name])
+        table = Table(title=f"{count} request(s), median ms a step, {number} rounds")
         for column in ("step", "ms", "to no speculation", "to the stock chain of as many rows"):
             table.add_column(column)
-        for case in cases:
-            values = found[case.name]
-            nodes = 3 if case.draft_pass else case.shape.nodes
-            chain = found.get(f"stock chain {nodes}")
-            ratios = [ratio(values, found["no speculation"])]
-            ratios += [ratio(values, chain)] if chain is not None and case.engine == "ours" else []
-            texts = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in ratios]
-            table.add_row(case.name, f"{1e3 * statistics.median(values):.1f}", *texts)
+        for comparison in comparisons:
+            rounds = found[comparison.name]
+            for position, case in enumerate(comparison.cases):
+                others = [each.name for each in comparison.cases[:position]]
+                ratios = [ratio(rounds, case.name, other) for other in others]
+                texts = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in ratios]
+                values = [value for each in rounds for value in each[case.name]]
+                table.add_row(case.name, f"{1e3 * statistics.median(values):.1f}", *texts)
+            table.add_section()
         console.print(table)
     console.print(f"byte share of a draft pass (upper layers, LM head, maps): {share:.0%}")
 

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 
@@ -37,9 +37,14 @@ class _Engine:
         return prompt
 
     def generate(
-        self, prompts: list[list[Any]], sampling: list[dict[str, Any]]
+        self,
+        prompts: list[list[Any]],
+        sampling: list[dict[str, Any]],
+        wait: Callable[[], object] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Answer all prompts as one batch: first their lengths, then what every engine step brought."""
+        """Answer all prompts as one batch: first their lengths, then what every engine step brought.
+
+        `wait` is called before each step."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -54,9 +59,17 @@ class _Engine:
             self._next_id += 1
             index_of[request_id] = index
             engine.add_request(request_id, TokensPrompt(prompt_token_ids=prompt), params)
-        while engine.has_unfinished_requests():
+
+        def goes_on() -> bool:
+            if wait is not None:
+                wait()
+            return bool(engine.has_unfinished_requests())
+
+        while goes_on():
+            before = time.perf_counter()
             outputs = engine.step()
             seconds = time.perf_counter() - start
+            spent = time.perf_counter() - before
             news = [
                 (
                     index_of[output.request_id],
@@ -66,8 +79,8 @@ class _Engine:
                 )
                 for output in outputs
             ]
-            if news:
-                yield {"event": "step", "seconds": seconds, "outputs": news}
+            if news or wait is not None:
+                yield {"event": "step", "seconds": seconds, "spent": spent, "outputs": news}
         yield {"event": "done"}
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -82,7 +95,8 @@ class _Engine:
 def main() -> None:
     with os.fdopen(int(sys.argv[1]), "w") as pipe:
         engine: _Engine | None = None
-        for line in sys.stdin:
+        # Not by iteration, which reads ahead of what `wait` has to see.
+        while line := sys.stdin.readline():
             request = json.loads(line)
             if request["op"] == "start":
                 start = time.perf_counter()
@@ -92,7 +106,8 @@ def main() -> None:
                 continue
             assert engine is not None
             if request["op"] == "generate":
-                for event in engine.generate(request["prompts"], request["sampling"]):
+                wait = sys.stdin.readline if request["stepwise"] else None
+                for event in engine.generate(request["prompts"], request["sampling"], wait):
                     _reply(pipe, **event)
             elif request["op"] == "metrics":
                 _reply(pipe, event="metrics", metrics=engine.metrics())

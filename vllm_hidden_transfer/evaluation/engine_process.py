@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -208,7 +208,7 @@ class EngineProcess:
         """
         self.wait_ready()
         each = [sampling] * len(prompts) if isinstance(sampling, Mapping) else list(sampling)
-        self._send(op="generate", prompts=[list(prompt) for prompt in prompts], sampling=each)
+        self._send_prompts(prompts, each, stepwise=False)
         generations = [
             Generation(prompt_tokens=count) for count in self._receive(timeout)["prompt_tokens"]
         ]
@@ -224,6 +224,34 @@ class EngineProcess:
                 if on_text is not None and text:
                     on_text(index, text)
         return generations
+
+    def step_by_step(
+        self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], timeout: float = 600.0
+    ) -> Iterator[float]:
+        """Answer the prompts as one batch, one engine step each time the next value is asked for.
+
+        Several engines can so take turns step by step, each idle while another one computes. Yields the seconds of
+        each step that brought tokens.
+        """
+        self.wait_ready()
+        self._send_prompts(prompts, [sampling] * len(prompts), stepwise=True)
+        self._receive(timeout)
+        while True:
+            self._send(op="step")
+            reply = self._receive(timeout)
+            if reply["event"] == "done":
+                return
+            yield float(reply["spent"])
+
+    def _send_prompts(
+        self, prompts: Sequence[Prompt], sampling: Sequence[Mapping[str, Any]], *, stepwise: bool
+    ) -> None:
+        self._send(
+            op="generate",
+            prompts=[list(prompt) for prompt in prompts],
+            sampling=list(sampling),
+            stepwise=stepwise,
+        )
 
     def metrics(self, timeout: float = 60.0) -> list[dict[str, Any]]:
         """vLLM's counters and gauges (`LLM.get_metrics`) since the engine started."""
