@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 FORMAT_VERSION: Final = 1
 MODEL_TYPE = "hidden_transfer"
 
-Conditioning = Literal["none", "token"]
+Conditioning = Literal["none", "token", "chained"]
+"""What the maps see beside the hidden state: nothing (as published); the token just sampled; or, step by step, the
+token at the step's own root + i, so that drafting takes a short pass for each depth."""
 
 
 def one_sentence(text: str, limit: int = 400) -> str:
@@ -81,7 +83,8 @@ class TransferConfig(_Section):
         description="pseudo hidden states enter this layer as its residual stream (0 = first)"
     )
     conditioning: Conditioning = Field(
-        description="token: the maps also see the embedding of the token just sampled"
+        description="token: the maps also see the embedding of the token just sampled; "
+        "chained: step i sees that of the token at root + i"
     )
     calibration: Calibration
     tree: Tree = Tree()

@@ -42,11 +42,12 @@ class CheckpointError(Exception):
 
 
 class TransferMaps(nn.Module):
-    """Pseudo hidden state of step i = W_i h, or W_i h + U_i emb(x) when conditioned on the token.
+    """Pseudo hidden state of step i = W_i h, or W_i h + U_i emb(x) when conditioned on a token.
 
     h is the residual stream entering layer t at the last processed position ("root"); x is the
     token at root + 1, which the target has just sampled; emb(x) is the target's input embedding
-    row, unscaled. Row i (counted from 1) stands at position root + i, enters layer t as its
+    row, unscaled. Chained maps see x_i at root + i instead: the sampled token first, then the tokens
+    drafted on the way. Row i (counted from 1) stands at position root + i, enters layer t as its
     residual stream, and its logits predict the token at root + i + 1.
     """
 
@@ -60,9 +61,10 @@ class TransferMaps(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.conditioning: Conditioning = conditioning
         shape = (num_steps, hidden_size, hidden_size)
         self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype))
-        if conditioning == "token":
+        if conditioning != "none":
             self.token_weight = nn.Parameter(torch.zeros(shape, dtype=dtype))
         else:
             self.register_parameter("token_weight", None)
@@ -77,17 +79,15 @@ class TransferMaps(nn.Module):
         """Width d of the target's residual stream."""
         return self.weight.shape[1]
 
-    @property
-    def conditioning(self) -> Conditioning:
-        """Whether the maps see the token just sampled."""
-        return "none" if self.token_weight is None else "token"
-
     def forward(self, hidden: Tensor, token_embedding: Tensor | None = None) -> Tensor:
         """Pseudo hidden states [n, k, d] from hidden [n, d] and token_embedding [n, d].
 
-        `token_embedding` is ignored by unconditioned maps and required by conditioned ones.
+        `token_embedding` is ignored by unconditioned maps and required by conditioned ones. Chained
+        maps take [n, j, d], the tokens at root + 1 .. root + j, and give the first j <= k states.
         """
         steps, size = self.num_steps, self.hidden_size
+        if self.conditioning == "chained":
+            return self._chained(hidden, token_embedding)
         # One matrix product for all steps: [n, d] x [d, k d].
         pseudo = hidden @ self.weight.flatten(0, 1).T
         if self.token_weight is not None:
@@ -95,6 +95,13 @@ class TransferMaps(nn.Module):
                 raise ValueError("token-conditioned maps need the embedding of the sampled token")
             pseudo = pseudo + token_embedding @ self.token_weight.flatten(0, 1).T
         return pseudo.unflatten(-1, (steps, size))
+
+    def _chained(self, hidden: Tensor, token_embeddings: Tensor | None) -> Tensor:
+        if token_embeddings is None or token_embeddings.dim() != 3 or self.token_weight is None:
+            raise ValueError("chained maps need the embeddings [n, j, d] of the tokens on the path")
+        count = token_embeddings.shape[1]
+        pseudo = (hidden @ self.weight[:count].flatten(0, 1).T).unflatten(-1, (count, -1))
+        return pseudo + torch.einsum("njd,jed->nje", token_embeddings, self.token_weight[:count])
 
 
 def save_checkpoint(folder: str | Path, config: TransferConfig, maps: TransferMaps) -> None:
@@ -196,7 +203,7 @@ def _read_maps(path: Path, config: TransferConfig) -> TransferMaps:
             f"the transfer checkpoint {path.parent} is incomplete: it has no {path.name}."
         )
     size, steps = config.target.hidden_size, config.num_transfer_steps
-    names = ["weight"] + (["token_weight"] if config.conditioning == "token" else [])
+    names = ["weight"] + (["token_weight"] if config.conditioning != "none" else [])
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transfer checkpoint for people's eyes."""
+"""A transfer checkpoint for people's eyes. Loads without vLLM."""
 
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from vllm_hidden_transfer.config import TransferConfig
+from vllm_hidden_transfer.evaluation.study_report import read_study, study_grids
 from vllm_hidden_transfer.transfer import TransferMaps
 
 
@@ -37,3 +39,19 @@ def checkpoint_table(folder: Path, config: TransferConfig, maps: TransferMaps) -
         table.add_row(name, f"{list(tensor.shape)} {dtype}, {size / 1e6:.1f} MB")
     table.add_row("parameters", f"{total / 1e6:.2f} million")
     return table
+
+
+def print_study(folder: Path, console: Console) -> None:
+    """The tables of the study that lies in the folder (``eval.json``); nothing where there is none.
+
+    Raises:
+        ValueError: the file cannot be used; the message is one sentence.
+    """
+    study = read_study(folder)
+    if study is None:
+        return
+    for grid in study_grids(study):
+        console.print()
+        console.print(grid.rich())
+    source = study.provenance
+    console.print(f"\n$ {source.command}\n{source.machine}", soft_wrap=True, markup=False)

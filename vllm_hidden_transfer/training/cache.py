@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
+from vllm_hidden_transfer.training.prefixes import Prefixes
+from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.transfer import write_atomically
 
-TEACHER_WIDTH = 64
-"""Most probable tokens kept of the target's own distribution; they hold 99% of it or more."""
+TURN = "@turn-"
+"""In an example's id: between the name of a conversation and the number of the turn that is taught."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Example:
 
     id: str
     kind: str
-    temperature: float
+    temperature: float | None
+    """At which the target wrote the answer, 0 = greedily; None: somebody else wrote it."""
     prompt: list[int]
     answer: list[int]
 
@@ -60,26 +62,23 @@ def read_examples(path: str | Path, min_answer: int = 8, max_tokens: int = 768) 
 
 
 def is_held_out(example: Example, one_in: int = 20) -> bool:
-    """Whether an example is for calibration and judging, decided by its id alone."""
-    return hashlib.sha256(example.id.encode()).digest()[0] % one_in == 0
+    """Whether an example is for calibration and judging, decided by its id alone.
+
+    The turns of one conversation stay together: each contains the ones before it.
+    """
+    conversation = example.id.partition(TURN)[0]
+    return hashlib.sha256(conversation.encode()).digest()[0] % one_in == 0
 
 
-class PrefixCache:
+class PrefixCache(Prefixes):
     """Append-only arrays over all tokens of the corpus, one after another, and their offsets."""
 
     _ARRAYS = ("hidden", "keys", "values", "teacher_ids", "teacher_probs")
 
     def __init__(self, folder: str | Path, target: FrozenTarget, fingerprint: str) -> None:
+        super().__init__(target)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        heads = (target.num_upper_layers, target.num_kv_heads, target.head_dim)
-        self._widths: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
-            "hidden": (np.float16, (target.hidden_size,)),
-            "keys": (np.float16, heads),
-            "values": (np.float16, heads),
-            "teacher_ids": (np.int32, (TEACHER_WIDTH,)),
-            "teacher_probs": (np.float16, (TEACHER_WIDTH,)),
-        }
         about = {"fingerprint": fingerprint, "layer": target.transfer_layer, "version": 1}
         marker = self.folder / "about.json"
         if not marker.exists() or json.loads(marker.read_text()) != about:
@@ -112,57 +111,24 @@ class PrefixCache:
                 file.close()
             self._open()
 
+    def likely_tokens(self, examples: Sequence[Example], width: int = 8) -> Tensor:
+        """Token ids (ascending) among the target's `width` most probable at any taught position."""
+        seen = [
+            np.unique(
+                self.read("teacher_ids", example, torch.int64)[len(example.prompt) - 1 :, :width]
+            )
+            for example in examples
+        ]
+        return torch.from_numpy(np.unique(np.concatenate(seen)))
+
     def span(self, example: Example) -> slice:
         """Where the example's tokens lie in the arrays."""
         number = self.digests[example.digest]
         return slice(self.offsets[number], self.offsets[number + 1])
 
-    def array(self, name: str) -> NDArray[np.generic]:
-        """A whole array [tokens of the corpus, ...], memory mapped."""
-        return self._maps[name]
-
     def read(self, name: str, example: Example, dtype: torch.dtype = torch.float32) -> Tensor:
         """One example's part [n, ...] of an array, as a tensor of `dtype`."""
         return torch.from_numpy(np.array(self._maps[name][self.span(example)])).to(dtype)
-
-    def prefixes(self, examples: Sequence[Example]) -> SharedPrefixes:
-        """The upper layers' keys and values of some examples, padded to the longest."""
-        length = max(len(example.tokens) for example in examples)
-        parts = []
-        for name in ("keys", "values"):
-            layers, heads, dim = self._widths[name][1]
-            part = torch.zeros(len(examples), layers, length, heads, dim)
-            for row, example in enumerate(examples):
-                part[row, :, : len(example.tokens)] = self.read(name, example).transpose(0, 1)
-            parts.append(part)
-        return SharedPrefixes(*parts)
-
-    def _compute(self, target: FrozenTarget, example: Example) -> dict[str, NDArray[np.generic]]:
-        prefix = target.prefix(torch.tensor(example.tokens))
-        length = len(example.tokens)
-        # Only positions from the last prompt token on are ever taught.
-        start = len(example.prompt) - 1
-        ids = torch.zeros(length, TEACHER_WIDTH, dtype=torch.int32)
-        probs = torch.zeros(length, TEACHER_WIDTH)
-        logits = prefix.final[start:] @ target.head_weight.T
-        top, top_ids = logits.topk(TEACHER_WIDTH, dim=-1)
-        ids[start:] = top_ids.int()
-        probs[start:] = (top - logits.logsumexp(-1, keepdim=True)).exp()
-        tensors = {
-            "hidden": prefix.hidden,
-            "keys": prefix.keys.transpose(0, 1),
-            "values": prefix.values.transpose(0, 1),
-            "teacher_ids": ids,
-            "teacher_probs": probs,
-        }
-        arrays = {
-            name: tensor.contiguous().numpy().astype(self._widths[name][0])
-            for name, tensor in tensors.items()
-        }
-        for name in ("hidden", "keys", "values"):
-            if not np.isfinite(arrays[name]).all():
-                raise ValueError(f"{name} of {example.id} do not fit into fp16")
-        return arrays
 
     def _add(self, digest: str, length: int) -> None:
         self.digests[digest] = len(self.offsets) - 1

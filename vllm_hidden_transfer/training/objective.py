@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_hidden_transfer.training.cache import Example, PrefixCache
+from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.training.prefixes import Prefixes
 from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
 
 _CHUNK = 128
@@ -23,7 +24,8 @@ class Rows:
     hidden: Tensor
     """fp32 [b, r, d]: the residual stream entering layer t at each root."""
     token_embedding: Tensor
-    """fp32 [b, r, d]: input embedding of the token at root + 1."""
+    """fp32 [b, r, d]: input embedding of the token at root + 1; for chained maps [b, r, k, d]: of those at
+    root + 1 .. root + k."""
     roots: Tensor
     """int64 [b, r]."""
     prefixes: SharedPrefixes
@@ -56,7 +58,10 @@ class Candidates:
     @classmethod
     def everything(cls, head: Tensor) -> Candidates:
         """The whole vocabulary: the exact loss."""
-        return cls(head, head.new_zeros(len(head)), torch.arange(len(head)))
+        device = head.device
+        return cls(
+            head, torch.zeros(len(head), device=device), torch.arange(len(head), device=device)
+        )
 
     @classmethod
     def sample(cls, head: Tensor, core: Tensor, count: int, rng: np.random.Generator) -> Candidates:
@@ -67,33 +72,27 @@ class Candidates:
         count = min(count, len(rest))
         drawn = torch.from_numpy(rng.choice(rest, size=count, replace=False))
         tokens = torch.cat([core, drawn])
-        bias = head.new_zeros(len(tokens))
+        bias = torch.zeros(len(tokens))
         if count:
             bias[len(core) :] = float(np.log(len(rest) / count))
         places = torch.full((len(head),), -1, dtype=torch.int64)
         places[tokens] = torch.arange(len(tokens))
-        return cls(head[tokens], bias, places)
-
-
-def likely_tokens(cache: PrefixCache, examples: list[Example], width: int = 8) -> Tensor:
-    """Token ids (ascending) among the target's `width` most probable at any taught position."""
-    seen = [
-        np.unique(
-            cache.read("teacher_ids", example, torch.int64)[len(example.prompt) - 1 :, :width]
-        )
-        for example in examples
-    ]
-    return torch.from_numpy(np.unique(np.concatenate(seen)))
+        device = head.device
+        return cls(head[tokens.to(device)], bias.to(device), places.to(device))
 
 
 def collect_rows(
-    cache: PrefixCache,
+    cache: Prefixes,
     target: FrozenTarget,
     examples: list[Example],
     roots: list[list[int]],
     steps: int,
+    chained: bool = False,
 ) -> Rows:
-    """Rows for the given roots (equally many for every example) of cached examples."""
+    """Rows for the given roots (equally many for every example) of cached examples, on the target's device.
+
+    `chained` collects the token of every step, not only the first one.
+    """
     root_ids = torch.tensor(roots)
     offsets = torch.arange(1, steps + 1)
     hidden, conditioning, next_tokens, valid, ids, probs = [], [], [], [], [], []
@@ -104,7 +103,7 @@ def collect_rows(
         valid.append(positions < last)  # the last token has no successor in the corpus
         positions = positions.clamp(max=last)
         hidden.append(cache.read("hidden", example)[root_ids[row]])
-        conditioning.append(tokens[root_ids[row] + 1])
+        conditioning.append(tokens[positions if chained else root_ids[row] + 1])
         next_tokens.append(tokens[(positions + 1).clamp(max=last)])
         ids.append(cache.read("teacher_ids", example, torch.int64)[positions])
         probs.append(cache.read("teacher_probs", example)[positions])
@@ -112,15 +111,17 @@ def collect_rows(
     teacher = torch.stack(probs)
     # The kept tokens hold nearly all of the mass; what is left out is spread over them.
     teacher = teacher / teacher.sum(-1, keepdim=True).clamp_min(1e-9)
+    device = target.device
+    prefixes = cache.prefixes(examples)
     return Rows(
-        hidden=torch.stack(hidden),
-        token_embedding=target.embed(torch.stack(conditioning)),
-        roots=root_ids,
-        prefixes=cache.prefixes(examples),
-        teacher_ids=torch.stack(ids),
-        teacher_probs=teacher * inside[..., None],
-        next_tokens=torch.stack(next_tokens),
-        valid=inside,
+        hidden=torch.stack(hidden).to(device),
+        token_embedding=target.embed(torch.stack(conditioning)).float(),
+        roots=root_ids.to(device),
+        prefixes=SharedPrefixes(prefixes.keys.to(device), prefixes.values.to(device)),
+        teacher_ids=torch.stack(ids).to(device),
+        teacher_probs=(teacher * inside[..., None]).to(device),
+        next_tokens=torch.stack(next_tokens).to(device),
+        valid=inside.to(device),
     )
 
 
@@ -153,11 +154,11 @@ class _HeadLoss(torch.autograd.Function):
         weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient = torch.empty_like(hidden)
-        losses = torch.empty(len(hidden))
-        tops = torch.empty(len(hidden), dtype=torch.int64)
+        losses = torch.empty(len(hidden), device=hidden.device)
+        tops = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         for start in range(0, len(hidden), _CHUNK):
             part = slice(start, start + _CHUNK)
-            logits = torch.addmm(bias, hidden[part], head.T)
+            logits = (hidden[part] @ head.T).float().add_(bias)
             ids, probs = teacher_ids[part], teacher_probs[part]
             best, tops[part] = logits.max(dim=-1)
             picked = logits.gather(1, ids)
@@ -166,7 +167,7 @@ class _HeadLoss(torch.autograd.Function):
             log_student = picked - (best + total.log())[:, None]
             losses[part] = (probs * (probs.clamp_min(1e-12).log() - log_student)).sum(-1)
             student.div_(total[:, None]).scatter_add_(1, ids, -probs)
-            gradient[part] = (student @ head) * weights[part, None]
+            gradient[part] = (student.to(head.dtype) @ head) * weights[part, None]
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses, tops)
         return (losses * weights).sum(), losses, tops
@@ -183,9 +184,11 @@ class Loss:
 
     total: Tensor
     kl: Tensor
-    """[k]: mean KL at each depth."""
-    agreement: Tensor
-    """[k]: share of rows whose most probable token is the target's."""
+    """[k]: KL at each depth, summed over the valid rows."""
+    agreed: Tensor
+    """[k]: valid rows whose most probable token is the target's."""
+    counts: Tensor
+    """[k]: valid rows."""
 
 
 def transfer_loss(
@@ -194,6 +197,7 @@ def transfer_loss(
     rows: Rows,
     step_weights: Tensor,
     candidates: Candidates | None = None,
+    weight_sum: Tensor | None = None,
 ) -> Loss:
     """KL from the target to the drafts, step i weighted by ``step_weights[i]``.
 
@@ -203,6 +207,8 @@ def transfer_loss(
         rows: what the rows attend to and should predict.
         step_weights: [k].
         candidates: the tokens to normalise over; all of them unless given.
+        weight_sum: what the rows' weights are divided by; their sum unless given, which one process of several
+            does not know by itself.
     """
     if candidates is None:
         candidates = Candidates.everything(target.head_weight)
@@ -211,7 +217,7 @@ def transfer_loss(
     probs = probs / probs.sum(-1, keepdim=True).clamp_min(1e-9)
     final = target.run_rows(pseudo, rows.roots, rows.prefixes)
     weights = rows.valid * step_weights
-    weights = weights / weights.sum().clamp_min(1e-9)
+    weights = weights / (weights.sum() if weight_sum is None else weight_sum).clamp_min(1e-9)
     total, losses, tops = _HeadLoss.apply(
         final.flatten(0, 2),
         candidates.head,
@@ -220,7 +226,11 @@ def transfer_loss(
         probs.flatten(0, 2),
         weights.flatten(),
     )
-    counts = rows.valid.flatten(0, 1).sum(0).clamp_min(1)
-    agree = (tops == places[..., 0].flatten()).view(rows.valid.shape) & rows.valid
-    kl = (losses.view(rows.valid.shape) * rows.valid).flatten(0, 1).sum(0) / counts
-    return Loss(total=total, kl=kl, agreement=agree.flatten(0, 1).sum(0) / counts)
+    agreed = (tops == places[..., 0].flatten()).view(rows.valid.shape) & rows.valid
+    kl = losses.view(rows.valid.shape) * rows.valid
+    return Loss(
+        total=total,
+        kl=kl.flatten(0, 1).sum(0),
+        agreed=agreed.flatten(0, 1).sum(0).float(),
+        counts=rows.valid.flatten(0, 1).sum(0).float(),
+    )

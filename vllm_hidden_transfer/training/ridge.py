@@ -7,87 +7,132 @@ first-step accuracy with an identity start).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_hidden_transfer.config import Conditioning
-from vllm_hidden_transfer.training.cache import Example, PrefixCache
+from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.training.prefixes import Prefixes
 from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.transfer import TransferMaps
+
+_COLUMNS = 512
 
 
 @dataclass
 class Moments:
-    """Second moments of inputs [h, emb] (2 d) and their products with the outputs
-    [h(+1) .. h(+k)] (k d), summed in fp64."""
+    """Second moments of m inputs and their products with n outputs, summed over roots.
+
+    Memory is m (m + n) numbers, whatever the number of tokens. The inputs' own moments are fp64, because they are
+    inverted; the products stay fp32.
+    """
 
     inputs: Tensor
-    """[2 d, 2 d]."""
+    """fp64 [m, m]."""
     cross: Tensor
-    """[2 d, k d]."""
-    count: int
+    """fp32 [m, n]."""
+    count: int = 0
 
     @classmethod
-    def zeros(cls, hidden_size: int, steps: int) -> Moments:
+    def zeros(cls, num_inputs: int, num_outputs: int) -> Moments:
         """Nothing seen yet."""
-        double = torch.float64
-        return cls(
-            inputs=torch.zeros(2 * hidden_size, 2 * hidden_size, dtype=double),
-            cross=torch.zeros(2 * hidden_size, steps * hidden_size, dtype=double),
-            count=0,
-        )
+        inputs = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
+        return cls(inputs, torch.zeros(num_inputs, num_outputs))
 
-    def add(self, hidden: Tensor, embedding: Tensor, future: Tensor) -> None:
-        """Add n roots: hidden [n, d], embedding of root + 1 [n, d], future states [n, k, d]."""
-        inputs = torch.cat([hidden, embedding], dim=-1)
-        targets = future.flatten(1)
-        self.inputs += (inputs.T @ inputs).double()
-        self.cross += (inputs.T @ targets).double()
-        self.count += len(hidden)
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add roots: inputs [roots, m], outputs [roots, n]."""
+        self.inputs += inputs.T @ inputs
+        self.cross.addmm_(inputs.T, outputs)
+        self.count += len(inputs)
+
+    def solve(self, strength: float) -> Tensor:
+        """Weights [n, m] with the least squared error plus ``strength`` times the squared weights; consumes this.
+
+        Inputs are brought to unit mean square first: a state's features differ by orders of magnitude,
+        embeddings are smaller still, and one penalty has to fit all of them.
+        """
+        if self.count == 0:
+            raise ValueError("no roots to fit on: the corpus is empty or its answers are too short")
+        gram = self.inputs
+        scale = (gram.diagonal() / self.count).clamp_min(1e-12).rsqrt()
+        gram.mul_(scale[:, None]).mul_(scale).div_(self.count)
+        gram.diagonal().add_(strength)
+        torch.linalg.cholesky(gram, out=gram)
+        solution = torch.empty(self.cross.T.shape)
+        # A few columns at a time: fp64 copies of all of them would be the largest thing here.
+        for start in range(0, self.cross.shape[1], _COLUMNS):
+            part = self.cross[:, start : start + _COLUMNS].double() * (scale / self.count)[:, None]
+            solved = torch.cholesky_solve(part, gram) * scale[:, None]
+            solution[start : start + _COLUMNS] = solved.T.float()
+        return solution
 
 
-def collect_moments(
-    cache: PrefixCache, target: FrozenTarget, examples: Iterable[Example], steps: int
-) -> Moments:
-    """Moments over every root of the examples' answers that has k successors."""
-    moments = Moments.zeros(target.hidden_size, steps)
+def ridge_maps(
+    cache: Prefixes,
+    target: FrozenTarget,
+    examples: Sequence[Example],
+    steps: int,
+    conditioning: Conditioning,
+    strength: float = 1e-3,
+    on_example: Callable[[], None] = lambda: None,
+) -> TransferMaps:
+    """Maps fitted on every root of the examples' answers that has k successors.
+
+    Chained maps see another token at every step, so their steps are fitted one after the other, each with a pass
+    over the corpus of its own; all steps of the others share one.
+
+    Args:
+        cache: holds the examples.
+        target: the frozen target.
+        examples: what to fit on.
+        steps: number of transfer steps k.
+        conditioning: what the maps see.
+        strength: ridge penalty, for inputs of unit mean square.
+        on_example: called after each example (``ridge_passes`` times for each).
+    """
+    size = target.hidden_size
+    maps = TransferMaps(steps, size, conditioning)
+    groups = (
+        [[step] for step in range(steps)] if conditioning == "chained" else [list(range(steps))]
+    )
+    for group in groups:
+        num_inputs = size if conditioning == "none" else 2 * size
+        moments = Moments.zeros(num_inputs, len(group) * size)
+        for inputs, outputs in _roots(cache, target, examples, steps, conditioning, group):
+            moments.add(inputs, outputs)
+            on_example()
+        solution = moments.solve(strength).unflatten(0, (len(group), size))
+        with torch.no_grad():
+            maps.weight[group] = solution[..., :size]
+            if maps.token_weight is not None:
+                maps.token_weight[group] = solution[..., size:]
+    return maps
+
+
+def ridge_passes(steps: int, conditioning: Conditioning) -> int:
+    """Passes over the corpus that `ridge_maps` takes."""
+    return steps if conditioning == "chained" else 1
+
+
+def _roots(
+    cache: Prefixes,
+    target: FrozenTarget,
+    examples: Iterable[Example],
+    steps: int,
+    conditioning: Conditioning,
+    group: list[int],
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Inputs [roots, d or 2 d] and outputs [roots, steps of the group x d] of each example."""
     for example in examples:
         states = cache.read("hidden", example)
         tokens = torch.tensor(example.tokens)
         roots = torch.arange(max(len(example.prompt) - 1, 1), len(tokens) - steps)
-        if len(roots) == 0:
-            continue
-        future = states[roots[:, None] + torch.arange(1, steps + 1)]
-        moments.add(states[roots], target.embed(tokens[roots + 1]), future)
-    return moments
-
-
-def ridge_maps(
-    moments: Moments, hidden_size: int, conditioning: Conditioning, strength: float = 1e-3
-) -> TransferMaps:
-    """Maps that minimise the squared error plus ``strength`` times the squared weights.
-
-    Inputs are brought to unit mean square first: a state's features differ by orders of magnitude,
-    embeddings are smaller still, and one penalty has to fit all of them.
-    """
-    if moments.count == 0:
-        raise ValueError("no roots to fit on: the corpus is empty or its answers are too short")
-    used = 2 * hidden_size if conditioning == "token" else hidden_size
-    gram, cross = moments.inputs[:used, :used], moments.cross[:used]
-    scale = (gram.diagonal() / moments.count).clamp_min(1e-12).rsqrt()
-    gram = gram * scale[:, None] * scale / moments.count
-    cross = cross * scale[:, None] / moments.count
-    gram = gram + strength * torch.eye(used, dtype=gram.dtype)
-    solution = torch.linalg.solve(gram, cross) * scale[:, None]
-    steps = cross.shape[1] // hidden_size
-    # [inputs, k d] -> [k, d, inputs]
-    solution = solution.T.reshape(steps, hidden_size, used).float()
-    maps = TransferMaps(steps, hidden_size, conditioning)
-    with torch.no_grad():
-        maps.weight.copy_(solution[..., :hidden_size])
-        if maps.token_weight is not None:
-            maps.token_weight.copy_(solution[..., hidden_size:])
-    return maps
+        offsets = torch.tensor(group) + 1
+        inputs = [states[roots]]
+        if conditioning != "none":
+            token = offsets[0] if conditioning == "chained" else 1
+            inputs.append(target.embed(tokens[roots + token]).float().cpu())
+        yield torch.cat(inputs, dim=-1), states[roots[:, None] + offsets].flatten(1)

@@ -1,21 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen target: its prefix pass, run once, and its upper layers over pseudo rows.
 
-The upper layers are written out here because pseudo rows attend in a way that no library call
-offers: to the shared prefix up to their root, and to the earlier rows of their own root. So far
-this knows Llama's maths (RMSNorm, rotary embedding, grouped-query attention, gated MLP).
+The target's own transformers layers do all of the maths. Only attention is ours, through transformers' attention
+interface: pseudo rows attend to the shared prefix up to their root and to the earlier rows of their own root, which
+no library call offers. Whether that fits a family is not looked up: every target is tried on a short text when it is
+loaded, and true hidden states must give the frozen logits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-FAMILIES = ("llama",)
+from vllm_hidden_transfer.config import one_sentence
+
+_ROWS = "hidden_transfer_rows"
+_PREFIX = "hidden_transfer_prefix"
+_PROBE_TOKENS = 12
+
+
+class UnfitTargetError(ValueError):
+    """The target cannot be trained for; the message is one sentence."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_sentence(message))
 
 
 @dataclass(frozen=True)
@@ -42,44 +59,92 @@ class SharedPrefixes:
     """[b, u, n, kv_heads, head_dim]."""
 
 
+@dataclass
+class _Caught:
+    """Keys and values of one prefix pass, [heads, n, head_dim] by number of the layer."""
+
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the rows of a draft pass attend to."""
+
+    roots: Tensor
+    steps: int
+    prefixes: SharedPrefixes
+    first_layer: int
+
+
 class FrozenTarget:
-    """A Hugging Face Llama in fp32 (or `dtype`), without gradients for its weights."""
+    """A Hugging Face decoder without gradients for its weights."""
 
     def __init__(self, model: Any, transfer_layer: int) -> None:
-        if model.config.model_type not in FAMILIES:
-            raise ValueError(
-                f"training knows the families {', '.join(FAMILIES)}, "
-                f"the target is a {model.config.model_type}"
+        config = model.config
+        inner = getattr(model, "model", None)
+        parts = ("layers", "norm", "rotary_emb", "embed_tokens")
+        missing = [part for part in parts if not hasattr(inner, part)]
+        if missing or not hasattr(model, "lm_head"):
+            raise UnfitTargetError(
+                f"{type(model).__name__} is not built like a Llama (it lacks {missing or 'lm_head'}): "
+                "training needs model.layers, model.norm, model.rotary_emb, model.embed_tokens and lm_head"
             )
-        if not 0 <= transfer_layer < model.config.num_hidden_layers:
-            raise ValueError(
+        if not 0 <= transfer_layer < config.num_hidden_layers:
+            raise UnfitTargetError(
                 f"transfer layer {transfer_layer} does not exist: the target has "
-                f"{model.config.num_hidden_layers} layers"
+                f"{config.num_hidden_layers} layers, 0 to {config.num_hidden_layers - 1}"
             )
         self.model = model.eval().requires_grad_(False)
         self.transfer_layer = transfer_layer
-        config = model.config
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         self.num_heads: int = config.num_attention_heads
-        self.num_kv_heads: int = config.num_key_value_heads
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
         self.head_dim: int = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
         self.architectures: list[str] = list(config.architectures or [type(model).__name__])
+        self._probe()
 
     @classmethod
     def load(
-        cls, folder: str | Path, transfer_layer: int, dtype: torch.dtype = torch.float32
+        cls,
+        folder: str | Path,
+        transfer_layer: int,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> FrozenTarget:
-        """Load the target from a Hugging Face folder."""
+        """Load the target from a Hugging Face folder or from the hub.
+
+        Raises:
+            UnfitTargetError: the target cannot be loaded, or drafting rows do not fit its layers.
+        """
         from transformers import AutoModelForCausalLM
 
-        return cls(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), transfer_layer)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, KeyError) as error:
+            raise UnfitTargetError(f"the target {folder} cannot be loaded ({error})") from error
+        return cls(model.to(device), transfer_layer)
+
+    def at_layer(self, transfer_layer: int) -> FrozenTarget:
+        """The same weights with another transfer layer."""
+        return FrozenTarget(self.model, transfer_layer)
 
     @property
     def num_upper_layers(self) -> int:
         """Number of layers t..L-1."""
         return self.num_layers - self.transfer_layer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the target computes in."""
+        return self.head_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target lies."""
+        return self.head_weight.device
 
     @property
     def head_weight(self) -> Tensor:
@@ -89,20 +154,26 @@ class FrozenTarget:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Raw input embedding rows [..., d] of token ids [...]."""
-        embedded: Tensor = self.model.model.embed_tokens(token_ids)
+        embedded: Tensor = self.model.model.embed_tokens(token_ids.to(self.device))
         return embedded
 
     @torch.no_grad()
     def prefix(self, token_ids: Tensor) -> Prefix:
         """Run the whole target over one sequence of token ids [n]."""
-        output = self.model.model(
-            token_ids[None], use_cache=True, output_hidden_states=True, return_dict=True
-        )
-        layers = output.past_key_values.layers[self.transfer_layer :]
+        caught = _Caught()
+        with self._attention(_PREFIX):
+            output = self.model.model(
+                token_ids[None].to(self.device),
+                use_cache=False,
+                output_hidden_states=True,
+                return_dict=True,
+                caught=caught,
+            )
+        upper = range(self.transfer_layer, self.num_layers)
         return Prefix(
             hidden=output.hidden_states[self.transfer_layer][0],
-            keys=torch.stack([layer.keys[0].transpose(0, 1) for layer in layers]),
-            values=torch.stack([layer.values[0].transpose(0, 1) for layer in layers]),
+            keys=torch.stack([caught.keys[layer].transpose(0, 1) for layer in upper]),
+            values=torch.stack([caught.values[layer].transpose(0, 1) for layer in upper]),
             final=output.last_hidden_state[0],
         )
 
@@ -121,66 +192,145 @@ class FrozenTarget:
         Returns:
             [b, roots, k, d] after the last norm.
         """
-        batch, num_roots, steps, _ = pseudo.shape
-        device = pseudo.device
-        positions = roots[:, :, None] + 1 + torch.arange(steps, device=device)
-        cos, sin = self.model.model.rotary_emb(pseudo, positions.view(batch, -1))
-        cos, sin = (part.view(batch, num_roots, steps, 1, -1) for part in (cos, sin))
-        length = prefixes.keys.shape[2]
-        hidden_keys = torch.arange(length, device=device) > roots[:, :, None]
-        prefix_bias = pseudo.new_zeros(batch, num_roots, length)
-        prefix_bias.masked_fill_(hidden_keys, float("-inf"))
-        own_bias = torch.full((steps, steps), float("-inf"), device=device, dtype=pseudo.dtype)
-        own_bias.triu_(1)
-        hidden = pseudo
-        for upper, layer in enumerate(self.model.model.layers[self.transfer_layer :]):
-            normed = layer.input_layernorm(hidden)
-            attended = self._attend(
-                layer.self_attn,
-                normed,
-                (cos, sin),
-                (prefixes.keys[:, upper], prefixes.values[:, upper]),
-                (prefix_bias, own_bias),
+        steps = pseudo.shape[2]
+        positions = roots[:, :, None] + 1 + torch.arange(steps, device=pseudo.device)
+        hidden = pseudo.flatten(1, 2).to(self.dtype)
+        inner = self.model.model
+        rotary = inner.rotary_emb(hidden, positions.flatten(1))
+        rows = _Rows(roots, steps, prefixes, self.transfer_layer)
+        with self._attention(_ROWS):
+            for layer in inner.layers[self.transfer_layer :]:
+                output = layer(
+                    hidden,
+                    attention_mask=None,
+                    position_ids=positions.flatten(1),
+                    past_key_values=None,
+                    use_cache=False,
+                    position_embeddings=rotary,
+                    rows=rows,
+                )
+                hidden = output[0] if isinstance(output, tuple) else output
+        normed: Tensor = inner.norm(hidden)
+        return normed.view(pseudo.shape)
+
+    @contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        """Attention by one of ours for as long as this lasts."""
+        configs = {
+            id(part.config): part.config for part in self.model.modules() if hasattr(part, "config")
+        }
+        before = {key: config._attn_implementation for key, config in configs.items()}
+        try:
+            for config in configs.values():
+                config._attn_implementation = name
+            yield
+        finally:
+            for key, config in configs.items():
+                config._attn_implementation = before[key]
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Feed true hidden states as pseudo states: they must give the target's own logits.
+
+        Raises:
+            UnfitTargetError: they do not, or the target's layers do not take such rows at all.
+        """
+        tokens = torch.arange(_PROBE_TOKENS) * (self.vocab_size // _PROBE_TOKENS)
+        try:
+            prefix = self.prefix(tokens)
+            roots = torch.tensor([[1, _PROBE_TOKENS - 4]], device=self.device)
+            places = roots[:, :, None] + torch.arange(1, 4, device=self.device)
+            shared = SharedPrefixes(prefix.keys[None], prefix.values[None])
+            found = self.run_rows(prefix.hidden[places], roots, shared)[0] @ self.head_weight.T
+            frozen = self.model(tokens[None].to(self.device)).logits[0][places[0]]
+        except (AttributeError, TypeError, ValueError, RuntimeError, KeyError) as error:
+            raise UnfitTargetError(
+                f"drafting rows cannot run through the layers of {type(self.model).__name__} ({error})"
+            ) from error
+        # Half precision rounds twice on the way; what does not fit is off by much more.
+        allowed = 1e-4 if self.dtype == torch.float32 else 5e-2
+        difference = float((found - frozen).abs().max() / frozen.abs().max())
+        if not difference <= allowed:
+            raise UnfitTargetError(
+                f"hidden transfer does not fit {type(self.model).__name__}: true hidden states give other "
+                f"logits than the model's own (off by {difference:.1e} of the largest)"
             )
-            hidden = hidden + attended
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        normed_final: Tensor = self.model.model.norm(hidden)
-        return normed_final
-
-    def _attend(
-        self,
-        attention: Any,
-        normed: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        shared: tuple[Tensor, Tensor],
-        biases: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        batch, num_roots, steps, _ = normed.shape
-        groups = self.num_heads // self.num_kv_heads
-        heads = (batch, num_roots, steps, -1, self.head_dim)
-        query = _rotate(attention.q_proj(normed).view(heads), *rotary) * attention.scaling
-        key = _rotate(attention.k_proj(normed).view(heads), *rotary)
-        value = attention.v_proj(normed).view(heads)
-        # Queries of one KV head side by side: [b, kv, roots, k * groups, head_dim].
-        query = query.view(batch, num_roots, steps, self.num_kv_heads, groups, self.head_dim)
-        query = query.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
-        key, value = (part.permute(0, 3, 1, 2, 4) for part in (key, value))
-        shared_key, shared_value = (part.transpose(1, 2) for part in shared)
-        prefix_bias, own_bias = biases
-        flat = query.flatten(2, 3)
-        scores = (flat @ shared_key.transpose(-1, -2)).view(*query.shape[:4], -1)
-        scores = scores + prefix_bias[:, None, :, None, :]
-        own = query @ key.transpose(-1, -2) + own_bias.repeat_interleave(groups, dim=0)
-        weights = torch.cat([scores, own], dim=-1).softmax(dim=-1)
-        length = scores.shape[-1]
-        mixed = (weights[..., :length].flatten(2, 3) @ shared_value).view(query.shape)
-        mixed = mixed + weights[..., length:] @ value
-        mixed = mixed.unflatten(3, (steps, groups)).permute(0, 2, 3, 1, 4, 5)
-        projected: Tensor = attention.o_proj(mixed.flatten(3))
-        return projected
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in Llama's half-split layout; states [..., heads, head_dim]."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
+def _prefix_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    caught: _Caught | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Stock attention that keeps what it attended to."""
+    if caught is not None:
+        caught.keys[module.layer_idx], caught.values[module.layer_idx] = key[0], value[0]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _row_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    rows: _Rows | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of pseudo rows: query [b, heads, roots * k, head_dim], key and value with kv_heads.
+
+    Returns [b, roots * k, heads, head_dim], as transformers expects it.
+    """
+    if rows is None or softcap is not None:
+        raise ValueError("its attention is not plain scaled dot products")
+    batch, heads, count, dim = query.shape
+    kv_heads, steps = key.shape[1], rows.steps
+    num_roots, groups = count // steps, heads // kv_heads
+    upper = module.layer_idx - rows.first_layer
+    shared_key, shared_value = (
+        part[:, upper].transpose(1, 2).to(query.dtype)
+        for part in (rows.prefixes.keys, rows.prefixes.values)
+    )
+    scaled = query * (dim**-0.5 if scaling is None else scaling)
+    # Queries of one KV head side by side: [b, kv, roots, k, groups, head_dim].
+    scaled = scaled.view(batch, kv_heads, groups, num_roots, steps, dim).permute(0, 1, 3, 4, 2, 5)
+    key, value = (part.view(batch, kv_heads, num_roots, steps, dim) for part in (key, value))
+    length = shared_key.shape[2]
+    scores = (scaled.flatten(2, 4) @ shared_key.transpose(-1, -2)).view(*scaled.shape[:-1], length)
+    scores = scores + _prefix_bias(rows, length, sliding_window, scores.dtype)
+    own = scaled.flatten(3, 4) @ key.transpose(-1, -2)
+    own = own.unflatten(3, (steps, groups)) + _own_bias(steps, own)[:, None]
+    weights = torch.cat([scores, own], dim=-1).softmax(dim=-1)
+    mixed = (weights[..., :length].flatten(2, 4) @ shared_value).view(scaled.shape)
+    mixed = mixed + (weights[..., length:].flatten(3, 4) @ value).view(scaled.shape)
+    # [b, kv, roots, k, groups, dim] -> [b, roots * k, heads, dim]
+    return mixed.permute(0, 2, 3, 1, 4, 5).reshape(batch, count, heads, dim), None
+
+
+def _prefix_bias(rows: _Rows, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[b, 1, roots, k or 1, 1, length]: minus infinity where a row must not look."""
+    places = torch.arange(length, device=rows.roots.device)
+    roots = rows.roots[:, None, :, None, None, None]
+    hidden = places > roots
+    if window is not None:
+        steps = torch.arange(1, rows.steps + 1, device=rows.roots.device)
+        hidden = hidden | (places <= roots + steps[:, None, None] - window)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return bias.masked_fill_(hidden, float("-inf"))
+
+
+def _own_bias(steps: int, like: Tensor) -> Tensor:
+    """[k, k]: a row sees the earlier rows of its root and itself."""
+    return torch.full((steps, steps), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
+
+
+AttentionInterface.register(_PREFIX, _prefix_attention)
+AttentionInterface.register(_ROWS, _row_attention)
+AttentionMaskInterface.register(_PREFIX, sdpa_mask)

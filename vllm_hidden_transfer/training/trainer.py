@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -11,52 +12,65 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vllm_hidden_transfer.training.cache import Example, PrefixCache
+from vllm_hidden_transfer.training.cache import Example
 from vllm_hidden_transfer.training.objective import (
     Candidates,
     Rows,
     collect_rows,
     draw_roots,
-    likely_tokens,
     transfer_loss,
 )
+from vllm_hidden_transfer.training.parallel import Processes
+from vllm_hidden_transfer.training.prefixes import Prefixes
 from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.transfer import TransferMaps, write_atomically
 
 STATE_FILE = "state.safetensors"
+LOG_FILE = "log.jsonl"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainingConfig(BaseModel):
     """Settings of one run. Two runs with the same settings and corpus are the same run."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     steps: PositiveInt = 600
+    """optimiser steps"""
     sequences: PositiveInt = 16
+    """sequences of a step, over all processes"""
     roots: PositiveInt = 10
+    """random roots of each sequence; every root has k rows"""
     learning_rate: PositiveFloat = 5e-4
+    """peak learning rate of the maps"""
     embedding_scale: PositiveFloat = 16.0
-    """Learning rate of the embedding's maps over that of the state's: embeddings are smaller."""
-    warmup: int = 20
-    final_rate: float = 0.05
+    """learning rate of the embedding's maps over that of the state's: embeddings are smaller"""
+    warmup: NonNegativeInt = 20
+    """steps of linear warm-up"""
+    final_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """learning rate at the end, as a share of the peak; a cosine leads there"""
     step_decay: PositiveFloat = 0.8
+    """transfer step i counts this to the power of i - 1 in the loss"""
     clip: PositiveFloat = 1.0
-    negatives: int = 2048
-    """Tokens that stand for the unlikely part of the vocabulary; -1 takes all of it."""
-    seed: int = 20261121
+    """largest gradient norm"""
+    negatives: Annotated[int, Field(ge=-1)] = 2048
+    """random tokens that stand for the unlikely part of the vocabulary; -1 takes all of it"""
+    seed: NonNegativeInt = 20261121
+    """seed of batches and roots"""
     save_seconds: PositiveFloat = 120.0
+    """seconds between two saved states: what a crash loses at most"""
     log_every: PositiveInt = 10
+    """steps between two lines of the log"""
 
 
 class InterruptedTraining(Exception):  # noqa: N818  no error
@@ -69,20 +83,27 @@ class Trainer:
     def __init__(
         self,
         target: FrozenTarget,
-        cache: PrefixCache,
+        cache: Prefixes,
         examples: list[Example],
         maps: TransferMaps,
         config: TrainingConfig,
         folder: str | Path,
+        processes: Processes = Processes(),  # noqa: B008  frozen
     ) -> None:
         if not examples:
             raise ValueError("there are no training examples")
+        if config.sequences % processes.count:
+            raise ValueError(
+                f"{config.sequences} sequences a step cannot be shared by {processes.count} processes: "
+                "choose a multiple"
+            )
         self.target, self.cache, self.examples = target, cache, examples
-        self.maps, self.config = maps.float().requires_grad_(True), config
+        self.maps = maps.float().to(target.device).requires_grad_(True)
+        self.config, self.processes = config, processes
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.step = 0
-        self._core = likely_tokens(cache, examples)
+        self._core = cache.likely_tokens(examples)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [parameter], "scale": self._scale(name)}
@@ -95,8 +116,14 @@ class Trainer:
         self._stop = False
         self._load_state()
 
+    @staticmethod
+    def is_saved(folder: str | Path) -> bool:
+        """Whether a run in `folder` has saved its state, so that its start does not matter any more."""
+        return (Path(folder) / STATE_FILE).exists()
+
     def batch(self, step: int) -> Rows:
-        """The rows of a step, a function of seed and step alone: that makes resuming exact."""
+        """This process's rows of a step. All rows are a function of seed and step alone: that makes resuming exact,
+        and several processes learn from the same rows as one."""
         config = self.config
         rng = np.random.default_rng([config.seed, step])
         chosen = []
@@ -105,7 +132,11 @@ class Trainer:
             order = np.random.default_rng([config.seed, 1 << 20, epoch])
             chosen.append(self.examples[order.permutation(len(self.examples))[place]])
         roots = [draw_roots(rng, example, config.roots) for example in chosen]
-        return collect_rows(self.cache, self.target, chosen, roots, self.maps.num_steps)
+        own = slice(self.processes.rank, None, self.processes.count)
+        chained = self.maps.conditioning == "chained"
+        return collect_rows(
+            self.cache, self.target, chosen[own], roots[own], self.maps.num_steps, chained
+        )
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to `final_rate` of the peak."""
@@ -122,9 +153,18 @@ class Trainer:
         pseudo = self.maps(rows.hidden.flatten(0, 1), rows.token_embedding.flatten(0, 1))
         pseudo = pseudo.unflatten(0, rows.roots.shape)
         decay = config.step_decay ** torch.arange(pseudo.shape[2], dtype=torch.float32)
-        loss = transfer_loss(self.target, pseudo, rows, decay, self._candidates())
+        decay = decay.to(pseudo.device)
+        weight_sum = self.processes.sum((rows.valid * decay).sum())
+        loss = transfer_loss(self.target, pseudo, rows, decay, self._candidates(), weight_sum)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
+        for parameter in self.maps.parameters():
+            assert parameter.grad is not None
+            self.processes.sum(parameter.grad)
+        figures = self.processes.sum(
+            torch.stack([loss.kl, loss.agreed, loss.counts, loss.total.detach().expand_as(loss.kl)])
+        )
+        kl, agreement = figures[:2] / figures[2].clamp_min(1)
         norm = nn.utils.clip_grad_norm_(self.maps.parameters(), config.clip)
         rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
@@ -133,9 +173,10 @@ class Trainer:
         self.step += 1
         return {
             "step": self.step,
-            "loss": float(loss.total.detach()),
-            "kl": [round(float(x), 4) for x in loss.kl],
-            "agreement": [round(float(x), 4) for x in loss.agreement],
+            "loss": float(figures[3, 0]),
+            "kl": [round(float(x), 4) for x in kl],
+            "agreement": [round(float(x), 4) for x in agreement],
+            "rows": int(figures[2].sum()),
             "rate": rate,
             "gradient_norm": float(norm),
         }
@@ -157,35 +198,45 @@ class Trainer:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("loss {task.fields[loss]:.3f}, {task.fields[speed]:.0f} rows/s"),
             TimeRemainingColumn(),
         )
         saved, window = time.monotonic(), []
         started = time.monotonic()
-        with self._signals(), Progress(*columns) as progress:
+        seen = 0
+        with self._signals(), Progress(*columns, disable=not self.processes.first) as progress:
             task = progress.add_task(
-                "training", total=self.config.steps, completed=self.step, loss=float("nan")
+                "training",
+                total=self.config.steps,
+                completed=self.step,
+                loss=float("nan"),
+                speed=0.0,
             )
             while self.step < self.config.steps:
                 record = self.train_step()
                 window.append(record)
+                seen += record["rows"]
                 recent = sum(r["loss"] for r in window) / len(window)
-                progress.update(task, completed=self.step, loss=recent)
+                speed = seen / (time.monotonic() - started)
+                progress.update(task, completed=self.step, loss=recent, speed=speed)
                 if self.step % self.config.log_every == 0 or self.step == self.config.steps:
                     entry = _mean(window) | {"seconds": round(time.monotonic() - started, 1)}
                     self._log(entry)
                     if on_log is not None:
                         on_log(entry)
                     window.clear()
-                if time.monotonic() - saved > self.config.save_seconds or self._stop:
+                stop = self.processes.any(self._stop)
+                if time.monotonic() - saved > self.config.save_seconds or stop:
                     self.save_state()
                     saved = time.monotonic()
-                if self._stop:
+                if stop:
                     raise InterruptedTraining(f"stopped at step {self.step}; the state is saved")
         self.save_state()
 
     def save_state(self) -> None:
         """Write step, maps and optimiser state (safetensors, all or nothing)."""
+        if not self.processes.first:
+            return
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.maps.named_parameters():
             tensors[name] = parameter.detach()
@@ -193,18 +244,22 @@ class Trainer:
             for part in _MOMENTS:
                 if part in state:
                     tensors[f"{name}.{part}"] = state[part]
-        about = {"step": str(self.step), "config": self.config.model_dump_json()}
+        about = {"step": str(self.step), "run": self._run_of()}
         write_atomically(self.folder / STATE_FILE, save(tensors, metadata=about))
 
     def _load_state(self) -> None:
         path = self.folder / STATE_FILE
         if not path.exists():
             return
-        with safe_open(str(path), framework="pt") as file:
+        try:
+            opened = safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it to start again") from error
+        with opened as file:
             about = file.metadata()
-            if about["config"] != self.config.model_dump_json():
+            if about["run"] != self._run_of():
                 raise ValueError(
-                    f"{path} belongs to a run with other settings: use another folder or remove it"
+                    f"{path} belongs to a run with other settings or data: use another folder or remove it"
                 )
             self.step = int(about["step"])
             names = set(file.keys())
@@ -214,14 +269,38 @@ class Trainer:
                 if f"{name}.{_MOMENTS[0]}" in names:
                     self.optimizer.state[parameter] = {
                         "step": torch.tensor(float(self.step)),
-                        **{part: file.get_tensor(f"{name}.{part}") for part in _MOMENTS},
+                        **{
+                            part: file.get_tensor(f"{name}.{part}").to(parameter.device)
+                            for part in _MOMENTS
+                        },
                     }
+
+        self._cut_log()
+
+    def _run_of(self) -> str:
+        """What must not change while a run goes on."""
+        settings = self.config.model_dump(exclude={"save_seconds", "log_every"})
+        corpus = hashlib.sha256("".join(e.digest for e in self.examples).encode()).hexdigest()
+        return json.dumps(settings | {"corpus": corpus, "conditioning": self.maps.conditioning})
+
+    def _cut_log(self) -> None:
+        """Drop what a killed run logged after it last saved."""
+        log = self.folder / LOG_FILE
+        if not self.processes.first or not log.exists():
+            return
+        lines = log.read_text().splitlines(keepends=True)
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step
+        ]
+        write_atomically(log, "".join(kept).encode())
 
     def _scale(self, name: str) -> float:
         return self.config.embedding_scale if name == "token_weight" else 1.0
 
     def _log(self, entry: dict[str, Any]) -> None:
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+        if not self.processes.first:
+            return
+        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     @contextmanager

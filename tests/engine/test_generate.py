@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `generate` with real vLLM: answers, a second sitting, and what vLLM says when asked directly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.support import engines
+from tests.support.models import add_tokenizer, random_model
+from vllm_hidden_transfer.training.cache import Example, read_examples
+from vllm_hidden_transfer.training.generate import GenerateSettings, answer_with, generate
+
+pytestmark = pytest.mark.engine
+
+COMMAND = Path(sys.executable).with_name("vllm-hidden-transfer")
+TOKENS = 24
+
+
+def test_two_sittings_and_the_target_itself(tmp_path: Path) -> None:
+    target = add_tokenizer(random_model(tmp_path / "target", layers=4))
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "own.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"def f{n}(x): " * n}) + "\n" for n in range(1, 7))
+    )
+    settings = GenerateSettings(
+        target=str(target),
+        prompts=(prompts,),
+        output=output,
+        max_tokens=TOKENS,
+        dtype="float32",
+        batch=2,
+        kv_cache_memory_bytes=1 << 28,
+    )
+    options = {
+        "--target": target,
+        "--prompts": prompts,
+        "--output": output,
+        "--max-tokens": TOKENS,
+        "--dtype": "float32",
+        "--batch": 2,
+        "--kv-cache-memory-bytes": 1 << 28,
+        "--limit": 3,
+    }
+    given = [str(part) for option in options.items() for part in option]
+    result = subprocess.run([str(COMMAND), "generate", *given], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first = output.read_text()
+    assert first.count("\n") == 3
+    with engines.engine(target, skip_tokenizer_init=False) as llm:
+        console = Console(file=StringIO())
+        generate(settings, console, lambda settings, length: answer_with(llm, settings))
+        assert output.read_text().startswith(first)
+        examples = read_examples(output, min_answer=1)
+        assert [example.temperature for example in examples] == [0.0, 0.8] * 3
+        greedy = examples[::2]
+        texts = engines.generate(
+            llm, [e.prompt for e in greedy], max_tokens=TOKENS, ignore_eos=False
+        )
+        assert [example.answer for example in greedy] == texts.outputs
+        # The sampled one of the first sitting comes out again: its seed is its own.
+        again = generate_again(llm, settings, tmp_path / "again.jsonl")
+    assert again == examples
+
+
+def generate_again(llm: Any, settings: GenerateSettings, output: Path) -> list[Example]:
+    settings = settings.model_copy(update={"output": output, "batch": 6})
+    generate(settings, Console(file=StringIO()), lambda settings, _: answer_with(llm, settings))
+    return read_examples(output, min_answer=1)

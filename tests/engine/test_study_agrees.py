@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `eval` says of the demo maps is what the engine does with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.progress import Progress
+
+from tests.engine.test_demo_target import chat_prompts, with_maps
+from tests.support.engines import counters_of, engine, generate
+from vllm_hidden_transfer.evaluation.study import (
+    draft_with_maps,
+    judged_answers,
+    maps_drafter,
+    measured,
+)
+from vllm_hidden_transfer.evaluation.walks import walk
+from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.training.prefixes import PrefixPasses
+from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.transfer import load_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
+
+PROMPTS, TOKENS, BUDGET = 12, 48, 16
+
+
+def test_acceptance_length_is_the_engines(demo_target: Path, record_property: Any) -> None:
+    """12 prompts x 48 tokens, greedy, fp32, 16 nodes: within 2%."""
+    prompts = chat_prompts(demo_target, PROMPTS)
+    options: dict[str, Any] = {"max_model_len": 1024, "max_num_seqs": PROMPTS}
+    with engine(demo_target, **options, **with_maps(demo_target, BUDGET)) as llm:
+        # Answers end where the target ends them, by a stop token or by their length.
+        texts = generate(llm, prompts, max_tokens=TOKENS, ignore_eos=False)
+        counters = counters_of(llm)
+    assert len(texts.outputs) == PROMPTS
+    decoded = sum(len(output) - 1 for output in texts.outputs)
+    # Every decode pass has a draft: vLLM counts them all.
+    in_engine = decoded / counters.drafts
+
+    config, maps = load_checkpoint(demo_target / "hidden_transfer")
+    target = FrozenTarget.load(demo_target, config.transfer_layer)
+    examples = [
+        Example(str(number), "chat", 0.0, list(prompt), output)
+        for number, (prompt, output) in enumerate(zip(prompts, texts.outputs, strict=True))
+    ]
+    prefixes = PrefixPasses(target, PROMPTS)
+    answers = judged_answers(examples, TOKENS)
+    maps = maps.float()
+    drafts = draft_with_maps(target, prefixes, maps, answers, Progress(disable=True))
+    temperatures = list(config.calibration.temperatures)
+    drafter = maps_drafter(target, prefixes, maps, drafts, temperatures)
+    outputs = [answer.tokens for answer in answers]
+    walks = walk(outputs, drafter, BUDGET)
+    found = measured(walks, outputs)
+    record_property("acceptance_length", json.dumps({"eval": found.length, "engine": in_engine}))
+    print(
+        f"eval {found.length:.4f}, engine {in_engine:.4f}, passes {found.passes} / {counters.drafts}"
+    )
+    assert found.length == pytest.approx(in_engine, rel=0.02)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-hidden-transfer train` from files to a checkpoint on a random target, and what it says to bad input."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from tests.support.models import add_tokenizer, random_model
+from vllm_hidden_transfer.cli import app
+from vllm_hidden_transfer.evaluation.study_result import STUDY_FILE, Study
+from vllm_hidden_transfer.training.trainer import STATE_FILE
+from vllm_hidden_transfer.transfer import WEIGHTS_FILE, load_checkpoint
+
+VOCABULARY = 512
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = random_model(
+        tmp_path_factory.mktemp("target") / "tiny", layers=4, vocabulary=VOCABULARY
+    )
+    return add_tokenizer(folder, VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(inspect.getsource(random))
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["train", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def quick(target: Path, data: Path, output: Path) -> list[object]:
+    options = {
+        "target": target,
+        "data": data,
+        "output": output,
+        "steps": 4,
+        "sequences": 4,
+        "roots": 4,
+        "max-tokens": 96,
+        "judged": 3,
+        "log-every": 1,
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def test_from_files_to_a_checkpoint(target: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "maps"
+    result = run(*quick(target, data, output), "--transfer-layer", 2)
+    assert result.exit_code == 0, result.output
+    config, maps = load_checkpoint(output)
+    assert (config.transfer_layer, maps.conditioning, maps.num_steps) == (2, "token", 4)
+    study = Study.model_validate_json((output / STUDY_FILE).read_text())
+    assert [group.name for group in study.groups] == ["other text"]
+    card = (output / "README.md").read_text()
+    assert "--transfer-layer 2" in card
+    assert f"{study.groups[0].chain.length:.2f}" in card
+    assert "--transfer-layer 2" in (output / "train_command.txt").read_text()
+    log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    for picture in (
+        "loss.png",
+        "acceptance_by_depth.png",
+        "acceptance_by_budget.png",
+        "reliability.png",
+    ):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    # The same command again has nothing to train, and leaves the same weights.
+    before = (output / WEIGHTS_FILE).read_bytes()
+    assert run(*quick(target, data, output), "--transfer-layer", 2).exit_code == 0
+    assert (output / WEIGHTS_FILE).read_bytes() == before
+    shown = CliRunner().invoke(app, ["inspect", str(output)], env={"COLUMNS": "200"})
+    assert "other text" in shown.output
+
+
+def test_auto_shows_the_layers_it_tried(target: Path, data: Path, tmp_path: Path) -> None:
+    result = run(*quick(target, data, tmp_path / "maps"), "--conditioning", "none")
+    assert result.exit_code == 0, result.output
+    assert "(chosen)" in result.output
+    chosen = load_checkpoint(tmp_path / "maps")[0].transfer_layer
+    assert f"{chosen} (chosen)" in result.output
+
+
+def test_a_file_of_settings_and_options_that_win(target: Path, data: Path, tmp_path: Path) -> None:
+    settings = {
+        "target": str(target),
+        "data": [str(data)],
+        "output": str(tmp_path / "maps"),
+        "transfer_layer": 2,
+        "steps": 2,
+        "sequences": 4,
+        "roots": 4,
+        "judged": 3,
+        "max_tokens": 96,
+        "conditioning": "chained",
+        "disk_cache": False,
+    }
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    result = run("--config", path, "--transfer-layer", 1)
+    assert result.exit_code == 0, result.output
+    config, maps = load_checkpoint(tmp_path / "maps")
+    assert (config.transfer_layer, maps.conditioning) == (1, "chained")
+    path.write_text(yaml.safe_dump(settings | {"step": 3}))
+    result = run("--config", path)
+    assert result.exit_code == 1
+    assert "'step'" in result.output
+    assert "nearest is 'steps'" in result.output
+
+
+BAD: dict[str, tuple[list[object], str]] = {
+    "misspelt option": (["--step", 3], "nearest is --steps"),
+    "no such layer": (["--transfer-layer", 9], "has 4 layers"),
+    "bad number": (["--steps", -1], "--steps"),
+    "bad form": (["--conditioning", "chain"], "--conditioning"),
+    "no such data": (["--data", "/nowhere.txt"], "/nowhere.txt"),
+    "no such target": (["--target", "/nowhere"], "/nowhere"),
+    "no such settings": (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(name: str, target: Path, data: Path, tmp_path: Path) -> None:
+    extra, expected = BAD[name]
+    given = quick(target, data, tmp_path / "maps")
+    if extra[0] in given:  # replaced, not repeated
+        at = given.index(extra[0])
+        given[at : at + 2] = []
+    result = run(*given, *extra)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert expected in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_damaged_state_is_one_sentence(target: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "maps"
+    command = [*quick(target, data, output), "--transfer-layer", 2]
+    assert run(*command).exit_code == 0
+    (state,) = tmp_path.glob(f"maps-work/*/{STATE_FILE}")
+    assert load_file(state)
+    state.write_bytes(state.read_bytes()[:100])
+    result = run(*command)
+    assert result.exit_code == 1
+    assert "damaged" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_help_teaches() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for word in ("--transfer-layer", "--own-share", "generate", "default: 4"):
+        assert word in result.output

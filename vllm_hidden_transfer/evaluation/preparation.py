@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that `eval` and `tune` need before they judge: target, checkpoint, answers and their prefixes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from vllm_hidden_transfer.config import TransferConfig, one_sentence
+from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
+from vllm_hidden_transfer.evaluation.study import group_name, judged_answers
+from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
+from vllm_hidden_transfer.training.data import DataError, read_corpus
+from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps, load_checkpoint
+
+_LONGEST = 2048
+_SHORTEST = 2
+
+
+class JudgingError(Exception):
+    """A checkpoint cannot be judged; the message is one sentence."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_sentence(str(message)))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user named."""
+
+    target: Path
+    checkpoint: Path
+    data: Sequence[Path]
+    cache: Path
+    max_tokens: int
+    limit: int
+    """Answers of each group (greedy, each temperature, other text) at most."""
+    held_out: bool
+    """Judge only what `train` keeps out of its training data."""
+    allow_target_mismatch: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What there is to judge, all prefixes computed."""
+
+    config: TransferConfig
+    maps: TransferMaps
+    """As they are stored, but in fp32."""
+    target: FrozenTarget
+    fingerprint: str
+    """The target's own, which is not the checkpoint's where a mismatch is allowed."""
+    prefixes: PrefixCache
+    answers: list[JudgedAnswer]
+
+    @property
+    def trained_for_this_target(self) -> bool:
+        """Whether the maps were trained for these weights."""
+        return self.fingerprint == self.config.target.fingerprint
+
+
+def missing_packages(*packages: str) -> str | None:
+    """One sentence about optional packages that are not installed; None where all are."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return (
+        f"Judging needs {' and '.join(missing)}: install the extra "
+        "with `pip install 'vllm-hidden-transfer[train]'`."
+    )
+
+
+def progress_bar(console: Console) -> Progress:
+    """The bar of all steps of a study."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
+    """Check and load everything, and run the target over answers that the cache lacks.
+
+    Raises:
+        JudgingError: something is missing, damaged, or does not fit.
+    """
+    try:
+        config, maps = load_checkpoint(request.checkpoint)
+        fingerprint = _check_target(request, config)
+        examples = _read_examples(request, config.target.vocab_size, console)
+        _check_cache(request.cache, fingerprint, config.transfer_layer)
+        target = FrozenTarget.load(request.target, config.transfer_layer)
+        prefixes = PrefixCache(request.cache, target, fingerprint)
+        missing = [example for example in examples if example.digest not in prefixes.digests]
+        work = prefixes.fill(target, missing)
+        for _ in progress.track(work, total=len(missing), description="reading answers"):
+            pass
+    except (CheckpointError, FingerprintError, DataError, OSError, ValueError) as error:
+        raise JudgingError(error) from error
+    answers = judged_answers(examples, request.max_tokens)
+    return Prepared(config, maps.float(), target, fingerprint, prefixes, answers)
+
+
+def _check_target(request: Request, config: TransferConfig) -> str:
+    """The target's fingerprint, when the checkpoint fits it."""
+    path = request.target / "config.json"
+    if not path.is_file():
+        raise JudgingError(f"There is no target model in {request.target}: it has no config.json.")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    shape = config.target.model_dump(exclude={"fingerprint"})
+    for name, expected in shape.items():
+        if found.get(name) != expected:
+            raise JudgingError(
+                f"The checkpoint {request.checkpoint} is for a target with {name} {expected}, but "
+                f"{request.target} has {found.get(name)}: train maps for this target."
+            )
+    fingerprint = fingerprint_target(request.target)
+    if fingerprint != config.target.fingerprint and not request.allow_target_mismatch:
+        raise JudgingError(
+            f"The checkpoint {request.checkpoint} was trained for other weights than those of "
+            f"{request.target}: train maps for this target, or judge all the same with "
+            "--allow-target-mismatch."
+        )
+    return fingerprint
+
+
+def _read_examples(request: Request, vocab_size: int, console: Console) -> list[Example]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(request.target)
+    corpus = read_corpus(
+        request.data,
+        tokenizer,
+        max_tokens=_LONGEST,
+        min_tokens=_SHORTEST,
+        vocab_size=vocab_size,
+    )
+    for reason, count in corpus.left_out.items():
+        console.print(f"{count} left out: {reason}")
+    examples = [e for e in corpus.examples if not request.held_out or is_held_out(e)]
+    chosen = spread_by_group(examples, request.limit)
+    if not judged_answers(chosen, request.max_tokens):
+        raise JudgingError(
+            "There is no answer to judge in the data"
+            + (" that `train` would keep out of training" if request.held_out else "")
+            + ": give more --data."
+        )
+    return [_shortened(example, request.max_tokens) for example in chosen]
+
+
+def spread_by_group(examples: Sequence[Example], limit: int) -> list[Example]:
+    """At most `limit` examples of each group, evenly spread over the data, in its order."""
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(group_name(example.temperature), []).append(example)
+    return [
+        group[number * len(group) // count]
+        for group in groups.values()
+        for count in [min(limit, len(group))]
+        for number in range(count)
+    ]
+
+
+def _shortened(example: Example, max_tokens: int) -> Example:
+    """Text without what is not judged; the target's own answers stay whole, as `train` has them in its cache."""
+    if example.temperature is not None:
+        return example
+    answer = JudgedAnswer.of(example, max_tokens)
+    tokens = example.tokens
+    end = answer.first + len(answer.tokens)
+    return replace(example, prompt=tokens[: answer.first], answer=tokens[answer.first : end])
+
+
+def _check_cache(folder: Path, fingerprint: str, layer: int) -> None:
+    """A cache of other prefixes would be emptied; somebody may still want it."""
+    marker = folder / "about.json"
+    if not marker.is_file():
+        return
+    about = json.loads(marker.read_text(encoding="utf-8"))
+    if about.get("fingerprint") != fingerprint or about.get("layer") != layer:
+        raise JudgingError(
+            f"The cache {folder} holds prefixes of another target or transfer layer: name another "
+            "folder with --cache."
+        )

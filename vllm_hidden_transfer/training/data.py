@@ -1,0 +1,511 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Users' files become a corpus: text, chat messages, token ids, Parquet and saved Hugging Face datasets."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_hidden_transfer.config import one_sentence
+from vllm_hidden_transfer.training.cache import TURN, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ABOUT_SUFFIX = ".about.json"
+"""What `generate` lays beside the file that it writes; not data."""
+
+_JSON_LINES = (".jsonl", ".json")
+_NEEDS_EXTRA = "install what reads it with `pip install 'vllm-hidden-transfer[data]'`."
+_WANTED = (
+    "text, or messages, or id, kind, temperature, prompt and answer as `generate` writes them "
+    "(prompt and answer are lists of token ids)"
+)
+# Chat models name the end of a turn as their eos token; documents end with another one.
+_DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
+
+
+class DataError(Exception):
+    """The data cannot be used; the message is one sentence."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_sentence(message))
+
+
+class _UnfinishedLineError(DataError):
+    """The last line of a file has no end and is not valid JSON: somebody is writing it, or was killed."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What `read_corpus` found."""
+
+    examples: list[Example]
+    left_out: dict[str, int]
+    """How many were left out, by reason."""
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Message(_Row):
+    """What every chat message needs; templates may know more keys."""
+
+    role: Annotated[str, Field(min_length=1)]
+    content: str
+
+
+class _Chat(_Row):
+    messages: list[Message]
+
+
+class _Text(_Row):
+    text: str | None
+
+
+class _Tokens(_Row):
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, Field(min_length=1)]
+    kind: str
+    temperature: Annotated[float, Field(ge=0)] | None
+    prompt: Annotated[list[int], Field(min_length=1)]
+    answer: list[int]
+
+
+def read_corpus(
+    paths: Sequence[str | Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    min_tokens: int = 16,
+    vocab_size: int | None = None,
+) -> Corpus:
+    """Examples of files and folders, in their order (the files of a folder sorted by name, hidden ones left out).
+
+    - Text files are one document each. Documents are joined with the tokenizer's end-of-text token and cut into
+      pieces of `max_tokens`, over the borders of files; a piece teaches all but its first token.
+    - JSON lines (.jsonl, .json) hold `text` (a document), `messages` (see below) or what `generate` wrote; other keys
+      beside `text` and `messages` are ignored.
+    - Parquet files and saved `datasets` (of a DatasetDict the split train) have a column `messages` or `text`.
+    - Every turn of the assistant in `messages` is an example of its own: it teaches the tokens from behind the
+      generation prompt to the end of the turn.
+
+    Left out and counted: answers of fewer than `min_tokens` tokens, conversations and answers of more than
+    `max_tokens` in all. `vocab_size` is the target's, the tokenizer's unless given.
+
+    Raises:
+        DataError: a path is missing, unreadable or not of these forms, token ids are outside the vocabulary,
+            there are messages and no chat template, or nothing is left to train on.
+    """
+    if max_tokens <= min_tokens:
+        raise DataError(f"max_tokens is {max_tokens}, but must be over min_tokens, {min_tokens}.")
+    reader = _Reader(tokenizer, max_tokens, min_tokens, vocab_size or len(tokenizer))
+    for label, path in zip(source_labels(paths), paths, strict=True):
+        reader.read(label, Path(path), named=True)
+    return reader.finish(paths)
+
+
+def mix(own: Sequence[Example], other: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """Examples of both, so that `own` has `share` (0 to 1) of the taught tokens; in the given order, own first.
+
+    One side is kept whole and of the other a part is drawn, as near to the share as whole examples allow.
+
+    Raises:
+        DataError: the share is out of range, or a side that must have a part is empty.
+    """
+    if not 0 <= share <= 1:
+        raise DataError(f"the share of the target's own answers is {share}, but must be 0 to 1.")
+    if share > 0 and not own:
+        raise DataError(
+            f"the target's own answers shall be {share:.0%} of what is taught and there are none: "
+            "write some with `vllm-hidden-transfer generate` or set the share to 0."
+        )
+    if share < 1 and not other:
+        raise DataError(
+            f"the target's own answers shall be {share:.0%} of what is taught and there is "
+            "nothing else: add other data or set the share to 1."
+        )
+    if share in (0, 1):
+        return list(own if share else other)
+    own_tokens, other_tokens = _taught(own), _taught(other)
+    if own_tokens * (1 - share) > other_tokens * share:
+        own = _draw(own, other_tokens * share / (1 - share), seed)
+    else:
+        other = _draw(other, own_tokens * (1 - share) / share, seed)
+    return [*own, *other]
+
+
+def source_labels(paths: Sequence[str | Path]) -> list[str]:
+    """A name for each path that stands in ids: its last part, numbered where several have the same.
+
+    Raises:
+        DataError: a path is given twice.
+    """
+    labels: list[str] = []
+    names: Counter[str] = Counter()
+    seen: set[Path] = set()
+    for path in paths:
+        resolved = Path(path).resolve()
+        if resolved in seen:
+            raise DataError(f"{path} is given twice: name it once.")
+        seen.add(resolved)
+        names[resolved.name] += 1
+        number = names[resolved.name]
+        labels.append(resolved.name if number == 1 else f"{resolved.name}~{number}")
+    return labels
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number (from 1) and object of every line that is not blank.
+
+    Raises:
+        DataError: a line is no JSON object.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _object(line, f"line {number} of {path}")
+
+
+def first_problem(error: ValidationError) -> str:
+    """Where the first mistake is and what it is."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the whole"
+    return f"{where}: {first['msg']}"
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    where: str,
+    *,
+    generation_prompt: bool,
+) -> list[int]:
+    """Token ids of messages in the tokenizer's chat template; `where` names them in errors.
+
+    Raises:
+        DataError: there is no template, or it refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{where} has chat messages and the target's tokenizer has no chat template: "
+            "give text, or a target that was made for chat."
+        )
+    try:
+        ids = tokenizer.apply_chat_template(
+            list(messages),
+            add_generation_prompt=generation_prompt,
+            tokenize=True,
+            return_dict=False,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise DataError(
+            f"the chat template refuses {where} ({error}): mend or remove it."
+        ) from error
+    return [int(token) for token in ids]
+
+
+def _taught(examples: Iterable[Example]) -> int:
+    return sum(len(example.answer) for example in examples)
+
+
+def _draw(examples: Sequence[Example], tokens: float, seed: int) -> list[Example]:
+    """Some of the examples, in their order, that teach about so many tokens."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    chosen, missing = [], tokens
+    for index in order:
+        length = len(examples[index].answer)
+        if length < 2 * missing:  # nearer with it than without it
+            chosen.append(index)
+            missing -= length
+    return [examples[index] for index in sorted(chosen)]
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        if not line.endswith(b"\n"):
+            raise _UnfinishedLineError(
+                f"{where}, the last one, is cut short: remove it."
+            ) from error
+        raise DataError(
+            f"{where} is not valid JSON ({error}): every line must hold one JSON object."
+        ) from error
+    if not isinstance(found, dict):
+        raise DataError(f"{where} holds no JSON object: every line must hold one.")
+    return found
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer puts before every text, where it does: pieces begin as prompts do."""
+    ids = list(tokenizer("a")["input_ids"])
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+
+
+def _document_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    vocabulary = tokenizer.get_vocab()
+    ends = [vocabulary[name] for name in _DOCUMENT_ENDS if name in vocabulary]
+    ends += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not ends:
+        raise DataError(
+            "the target's tokenizer has no end-of-text token to join documents with: give it an "
+            "eos_token or train on messages."
+        )
+    return int(ends[0])
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    single = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return single or (folder / "dataset_dict.json").is_file()
+
+
+def _column(names: Sequence[str], path: Path) -> str:
+    """The column to read: messages tell what to teach, so they win."""
+    for name in ("messages", "text"):
+        if name in names:
+            return name
+    raise DataError(
+        f"{path} has the columns {sorted(names)}, but needs one named text or messages: rename it."
+    )
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise DataError(f"{path} is a Parquet file: {_NEEDS_EXTRA}") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            column = _column(file.schema_arrow.names, path)
+            for batch in file.iter_batches(columns=[column]):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}).") from error
+
+
+def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{path} is a saved Hugging Face dataset: {_NEEDS_EXTRA}") from error
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as a saved dataset ({error}).") from error
+    if isinstance(found, datasets.DatasetDict):
+        if "train" not in found:
+            raise DataError(
+                f"the dataset {path} has the splits {sorted(found)} and no train: name the folder "
+                "of one of them."
+            )
+        found = found["train"]
+    yield from found.select_columns([_column(found.column_names, path)])
+
+
+class _Reader:
+    """Collects examples from one file after another."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, min_tokens: int, vocab_size: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max, self._min, self._vocab_size = max_tokens, min_tokens, vocab_size
+        self._examples: list[Example] = []
+        self._left_out: Counter[str] = Counter()
+        self._seen: set[tuple[str, str]] = set()
+        added = tokenizer.added_tokens_decoder
+        self._special = {token for token, about in added.items() if about.special}
+        self._special.update(tokenizer.all_special_ids)
+        self._first = _first_tokens(tokenizer)
+        # Text that is not yet enough for a piece, and the file in which it begins.
+        self._rest: list[int] = []
+        self._rest_label = ""
+        self._pieces: Counter[str] = Counter()
+        self._documents = 0
+
+    @cached_property
+    def _document_end(self) -> int:
+        return _document_end(self._tokenizer)
+
+    def read(self, label: str, path: Path, *, named: bool) -> None:
+        """A file or folder; one that the user `named` himself must be readable, others may be anything."""
+        try:
+            if path.is_dir() and not _is_saved_dataset(path):
+                self._folder(label, path)
+            elif path.exists():
+                self._file(label, path, named)
+            else:
+                raise DataError(f"the data file {path} does not exist.")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+    def finish(self, paths: Sequence[str | Path]) -> Corpus:
+        """All examples, the last piece of text included."""
+        if self._rest:
+            self._piece(self._rest_label, self._rest)
+            self._rest = []
+        if not self._examples:
+            names = ", ".join(map(str, paths)) or "no data file"
+            reasons = ", ".join(f"{count} {why}" for why, count in self._left_out.items())
+            raise DataError(
+                f"there is nothing to train on in {names} (left out: {reasons or 'nothing'}): "
+                "give more or other data."
+            )
+        return Corpus(self._examples, dict(self._left_out))
+
+    def _folder(self, label: str, folder: Path) -> None:
+        for child in sorted(folder.iterdir()):
+            # A link to a folder may lead back here.
+            linked = child.is_symlink() and child.is_dir()
+            if not (linked or child.name.startswith(".") or child.name.endswith(ABOUT_SUFFIX)):
+                self.read(f"{label}/{child.name}", child, named=False)
+
+    def _file(self, label: str, path: Path, named: bool) -> None:
+        if path.is_dir():
+            self._rows(label, path, enumerate(_dataset_rows(path), 1))
+        elif path.suffix == ".parquet":
+            self._rows(label, path, enumerate(_parquet_rows(path), 1))
+        elif path.suffix in _JSON_LINES:
+            self._rows(label, path, json_lines(path), "line")
+        else:
+            self._text_file(label, path, named)
+
+    def _text_file(self, label: str, path: Path, named: bool) -> None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            if named:
+                raise DataError(
+                    f"{path} is not UTF-8 text, nor .jsonl, .json or .parquet by its name: convert it."
+                ) from error
+            self._left_out["files that are not UTF-8 text"] += 1
+            return
+        self._text(label, text)
+
+    def _rows(
+        self,
+        label: str,
+        path: Path,
+        rows: Iterable[tuple[int, dict[str, Any]]],
+        unit: str = "row",
+    ) -> None:
+        fits: Counter[bool] = Counter()
+        try:
+            for number, row in rows:
+                fits.update(
+                    self._row(f"{label}#{number}", label, f"{unit} {number} of {path}", row)
+                )
+        except _UnfinishedLineError:
+            self._left_out["last lines cut short"] += 1
+        if fits[False]:
+            self._left_out["turns that the chat template does not set apart"] += fits[False]
+        if fits[False] and not fits[True]:
+            raise DataError(
+                f"in {path} no turn of the assistant can be told apart: the target's chat template "
+                "does not put the generation prompt before an answer, token by token, so give "
+                "text or what `generate` writes."
+            )
+
+    def _row(self, name: str, label: str, where: str, row: dict[str, Any]) -> list[bool]:
+        """Take one row; of chat messages, whether each turn began with the generation prompt."""
+        try:
+            if "prompt" in row and "answer" in row:
+                tokens = _Tokens.model_validate(row)
+                self._add(Example(**tokens.model_dump()), where)
+            elif "messages" in row:
+                _Chat.model_validate(row)
+                return self._chat(name, where, row["messages"])
+            elif "text" in row:
+                self._text(label, _Text.model_validate(row).text or "")
+            else:
+                raise DataError(f"{where} has the keys {sorted(row)}, but needs {_WANTED}.")
+        except ValidationError as error:
+            raise DataError(
+                f"{where} is not valid, {first_problem(error)}; it needs {_WANTED}."
+            ) from error
+        return []
+
+    def _chat(self, name: str, where: str, messages: list[dict[str, Any]]) -> list[bool]:
+        # Parquet gives every message all keys of all messages.
+        messages = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in messages
+        ]
+        turns = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
+        if not turns:
+            self._left_out["conversations without an answer"] += 1
+        fits = []
+        for count, turn in enumerate(turns, 1):
+            prompt = render_chat(self._tokenizer, messages[:turn], where, generation_prompt=True)
+            whole = render_chat(
+                self._tokenizer, messages[: turn + 1], where, generation_prompt=False
+            )
+            fits.append(whole[: len(prompt)] == prompt)
+            if fits[-1]:
+                answer = self._up_to_its_end(whole[len(prompt) :])
+                self._add(Example(f"{name}{TURN}{count}", "chat", None, prompt, answer), where)
+        return fits
+
+    def _up_to_its_end(self, answer: list[int]) -> list[int]:
+        """Without the blanks that templates put behind the end of a turn: the target never writes them."""
+        behind = sum(1 for _ in takewhile(lambda token: token not in self._special, answer[::-1]))
+        end = len(answer) - behind
+        if end and not self._tokenizer.decode(answer[end:]).strip():
+            return answer[:end]
+        return answer
+
+    def _text(self, label: str, text: str) -> None:
+        if not text.strip():
+            self._left_out["empty documents"] += 1
+            return
+        # Long documents are what the pieces are cut from: no warning that they are long.
+        tokens = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        joint = [self._document_end] if self._documents else []
+        self._documents += 1
+        stream = [*self._rest, *joint, *tokens]
+        start_label = self._rest_label if self._rest else label
+        room = self._max - len(self._first)
+        whole = len(stream) - len(stream) % room
+        for start in range(0, whole, room):
+            self._piece(label if start else start_label, stream[start : start + room])
+        self._rest = stream[whole:]
+        self._rest_label = label if whole else start_label
+
+    def _piece(self, label: str, tokens: list[int]) -> None:
+        tokens = self._first + tokens
+        number = self._pieces[label]
+        self._pieces[label] += 1
+        self._add(Example(f"{label}#{number}", "text", None, tokens[:1], tokens[1:]), label)
+
+    def _add(self, example: Example, where: str) -> None:
+        tokens = example.tokens
+        if max(tokens) >= self._vocab_size or min(tokens) < 0:
+            outside = next(token for token in tokens if not 0 <= token < self._vocab_size)
+            raise DataError(
+                f"{where} has the token id {outside}, outside the target's vocabulary of "
+                f"{self._vocab_size}: it was made with another tokenizer, so make it again."
+            )
+        if len(example.answer) < self._min:
+            self._left_out[f"shorter than {self._min} tokens"] += 1
+        elif len(tokens) > self._max:
+            self._left_out[f"longer than {self._max} tokens"] += 1
+        elif (example.id, example.digest) in self._seen:
+            self._left_out["given twice"] += 1
+        else:
+            self._seen.add((example.id, example.digest))
+            self._examples.append(example)
