@@ -222,7 +222,8 @@ def lockstep(
     drafting = comparison.cases[-1]
     timings = folder / "draft_seconds.jsonl"
     timings.write_text("")
-    Control.write(folder, drafting.shape, draft_pass=drafting.draft_pass)
+    planted = drafting.shape
+    Control.write(folder, planted, draft_pass=drafting.draft_pass)
     going = {}
     for case in comparison.cases:
         per_step = 1 + min(case.shape.accepted, case.shape.nodes)
@@ -233,8 +234,10 @@ def lockstep(
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for _ in range(steps + 1):
         for name in order:
-            # Stock's proposer and our source read what to plant when their step ends.
-            Control.write(folder, shape_of[name], draft_pass=drafting.draft_pass)
+            # Stock's proposer and our source read what to plant when their step ends, and only if it is new.
+            if name != OFF.name and shape_of[name] != planted:
+                planted = shape_of[name]
+                Control.write(folder, planted, draft_pass=drafting.draft_pass)
             seconds[name].append(next(going[name]))
     for name in order:
         for _ in going[name]:  # to its end
