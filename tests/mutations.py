@@ -23,9 +23,10 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 PACKAGE = "vllm_hidden_transfer"
 IDENTITY = "tests/engine/test_identity.py::test_core[float32-eager]"
+PENALISED = "tests/statistics/test_sampling_parameters.py::test_every_parameter[frequency]"
 SEEDED = "tests/engine/test_sampling.py::test_a_seed_gives_the_text_of_no_speculation"
 MIXED = "tests/matrix/test_features.py::test_identical[default-mixed]"
-LIVE = "tests/engine/test_demo_target.py::test_core"
+DRAFTS = "tests/engine/test_draft_pass.py::test_draft_logits_equal_transformers[token]"
 CHUNKS = (
     "tests/engine/test_stock_bugs.py::test_a_seeded_prompt_in_chunks_gives_the_text_of_one_piece"
 )
@@ -102,13 +103,13 @@ MUTATIONS = (
         "hidden state of the wrong row",
         "engine/runner.py",
         (("return self.root_row(request) + node + 1", "return self.root_row(request) + node"),),
-        LIVE,
+        DRAFTS,
     ),
     Mutation(
         "penalty path ignored",
         "engine/sampling.py",
         (("[*outputs[request], *walk.tokens[request]]", "[*outputs[request]]"),),
-        SEEDED,
+        PENALISED,
     ),
     Mutation(
         "seed row shifted",

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,38 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.checkpoints import random_checkpoint
-from tests.support.engines import counters_of, engine, generate, random_prompts
+from tests.support.engines import (
+    acceptance_length,
+    counters_of,
+    engine,
+    generate,
+    planted_options,
+    random_prompts,
+)
+from vllm_hidden_transfer.drafting.source import DraftBatch
+from vllm_hidden_transfer.engine.transfer_source import TransferSource
+from vllm_hidden_transfer.evaluation.planted import PlantedSource
 from vllm_hidden_transfer.transfer import load_checkpoint
+from vllm_hidden_transfer.tree import TokenTree
+
+if TYPE_CHECKING:
+    from vllm_hidden_transfer.engine.cpu import TreeCPUModelRunner
 
 pytestmark = pytest.mark.engine
+
+CHECKPOINT_VARIABLE = "VLLM_HIDDEN_TRANSFER_TEST_CHECKPOINT"
+
+
+class DraftsAndPlants(TransferSource):
+    """Runs the draft pass, and plants trees that are accepted: the hidden states are those of accepted nodes."""
+
+    def __init__(self, runner: TreeCPUModelRunner) -> None:
+        super().__init__(runner, os.environ[CHECKPOINT_VARIABLE])
+        self._planted = PlantedSource(runner)
+
+    def propose(self, batch: DraftBatch) -> list[TokenTree]:
+        super().propose(batch)
+        return self._planted.propose(batch)
 
 
 def reference_draft_logits(model: Any, checkpoint: Path, tokens: np.ndarray) -> torch.Tensor:
@@ -41,8 +70,6 @@ def reference_draft_logits(model: Any, checkpoint: Path, tokens: np.ndarray) -> 
 def test_draft_logits_equal_transformers(
     conditioning: Any, random_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_hidden_transfer.engine.transfer_source import TransferSource
-
     checkpoint = random_checkpoint(tmp_path / "maps", random_target, conditioning=conditioning)
     seen: list[tuple[np.ndarray, torch.Tensor]] = []
     stock = TransferSource.draft_logits
@@ -56,12 +83,22 @@ def test_draft_logits_equal_transformers(
         return logits
 
     monkeypatch.setattr(TransferSource, "draft_logits", recording)
+    monkeypatch.setenv(CHECKPOINT_VARIABLE, str(checkpoint))
+    prompts = random_prompts(5, longest=70)
+    chunked = {"max_num_batched_tokens": 64}
+    with engine(random_target, **chunked) as llm:
+        reference = generate(llm, prompts, max_tokens=24)
+    reference.plant(tmp_path / "answers.json")
     options = {"method": "hidden_transfer", "model": str(checkpoint)}
-    with engine(random_target, speculative_config=options, max_num_batched_tokens=64) as llm:
-        generate(llm, random_prompts(5, longest=70), max_tokens=24)
+    with engine(random_target, speculative_config=options, **chunked) as llm:
+        generate(llm, prompts, max_tokens=24)
         counters = counters_of(llm)
     assert counters.drafts > 0
     assert counters.draft_tokens > counters.drafts
+    source = f"{DraftsAndPlants.__module__}:{DraftsAndPlants.__name__}"
+    with engine(random_target, **chunked, **planted_options(8, source)) as llm:
+        texts = generate(llm, prompts, max_tokens=24)
+        assert acceptance_length(texts, counters_of(llm)) >= 2
 
     model = AutoModelForCausalLM.from_pretrained(
         random_target, dtype=torch.float32, attn_implementation="eager"
@@ -70,5 +107,5 @@ def test_draft_logits_equal_transformers(
         float((reference_draft_logits(model, checkpoint, tokens) - logits).abs().max())
         for tokens, logits in seen
     )
-    assert len(seen) > 100
+    assert len(seen) > 140
     assert worst < 1e-3

@@ -615,6 +615,7 @@ def test_the_metadata_is_that_of_the_right_requests(
                 [*requests[index].output, *path] for index, path in entries
             ]
         assert here.spec_token_ids is None
+        assert here.thinking_budget_state_holder is None  # its requests have no trees
         same = {"all_greedy", "all_random", "max_num_logprobs", "no_penalties"}
         assert all(getattr(here, name) == getattr(metadata, name) for name in same)
         known = plain | same | {"generators", "bad_words_token_ids", "output_token_ids"}
