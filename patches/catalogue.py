@@ -10,6 +10,7 @@ from vllm_hidden_transfer.patches import (
     engine_args,
     sampling_parameters,
     seeded_chunks,
+    thinking_budgets,
 )
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
@@ -20,6 +21,7 @@ IN_WORKERS: tuple[Patch, ...] = (
     cpu_model_runner.PATCH,
     cpu_attention_backend.PATCH,
     seeded_chunks.PATCH,
+    thinking_budgets.PATCH,
 )
 """Applied in workers of an engine that uses our method."""
 

@@ -27,7 +27,7 @@ def _install() -> None:
         if plan is None:
             return stock_speculative(self, target_model_config, target_parallel_config)
         self.additional_config = {
-            **self.additional_config,
+            **(self.additional_config or {}),
             METHOD: plan.settings.model_dump(),
         }
         target_parallel_config.worker_cls = plan.worker_cls

@@ -79,6 +79,14 @@ def test_python_api_and_budget(target: Path) -> None:
     assert config.speculative_config.num_speculative_tokens == 5
 
 
+def test_no_additional_config(target: Path) -> None:
+    """vLLM takes None for its additional_config."""
+    config = configure(
+        target, speculative_config={"method": "hidden_transfer"}, additional_config=None
+    )
+    assert is_ours(config, target / "hidden_transfer")
+
+
 def test_the_same_arguments_twice(target: Path) -> None:
     """vLLM may build a configuration from the same arguments more than once."""
     args = parse("--model", str(target), "--speculative-model", "hidden_transfer")
@@ -112,7 +120,6 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"model": 3}, {}, "must be the folder"),
     ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
     ({}, {"spec_method": "hidden_transfer"}, "give one of them"),
-    ({}, {"reasoning_parser": "qwen3"}, "--reasoning-parser"),
     ({}, {"worker_cls": "some.Worker"}, "--worker-cls"),
 ]
 

@@ -7,7 +7,7 @@ The scope table of the README is made from these lists and from what the suite r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ class Row:
     """Drafts follow the base answer beyond the end of the reference, so that the end lies inside a path."""
     second_turn: bool = False
     """Asked with the greedy row's prompts and answers and something more as prompts."""
+    shows: Callable[[Sequence[Answer], Any], bool] = lambda answers, tokenizer: True
+    """Whether the reference's answers show the feature at all."""
     first: bool = False
     """Drafts have their truth on the first path: what a request that gets a chain keeps of its tree."""
 
@@ -83,6 +85,53 @@ def _bad_words(index: int, base: Answer, tokenizer: Any) -> Sampling:
     return {"bad_words": [*sorted(word for word in words if word and "�" not in word), two]}
 
 
+THINK, THINK_END = "<think>", "</think>"
+
+
+def _bias_of(index: int, token: str, tokenizer: Any, strength: float = 6.0) -> Sampling:
+    """A random target says this token now and then; how soon differs from request to request."""
+    return {"logit_bias": {tokenizer.convert_tokens_to_ids(token): strength + index % 4 / 2}}
+
+
+def _after_reasoning(constraint: Callable[[int, Answer, Any], Sampling]) -> Any:
+    def change(index: int, base: Answer, tokenizer: Any) -> Sampling:
+        return {**constraint(index, base, tokenizer), **_bias_of(index, THINK_END, tokenizer)}
+
+    return change
+
+
+def _thinking_budget(index: int, base: Answer, tokenizer: Any) -> Sampling:
+    return {"thinking_token_budget": index, **_bias_of(index, THINK, tokenizer)}
+
+
+def _reasoning(index: int, base: Answer, tokenizer: Any) -> Sampling:
+    kinds: list[Sampling] = [
+        {},
+        _after_reasoning(structured(regex="[a-z]{30}"))(index, base, tokenizer),
+        {"logprobs": 3},
+        {"temperature": 0.8, "seed": 7 * index, **_bias_of(index, THINK_END, tokenizer)},
+        {**PENALTIES},
+        {"temperature": 0.8, "seed": 7 * index, "top_p": 0.9},
+        {**_after_reasoning(structured(choice=["yes", "no"]))(index, base, tokenizer)},
+        # Last of the batch, because stock leaves its budget to whichever request takes its place.
+        _thinking_budget(index, base, tokenizer),
+    ]
+    return kinds[index % len(kinds)]
+
+
+def _ends_reasoning(answers: Sequence[Answer], tokenizer: Any) -> bool:
+    """Most answers end their reasoning, not all at the same place, and go on after it."""
+    end = tokenizer.convert_tokens_to_ids(THINK_END)
+    places = [a.token_ids.index(end) for a in answers if end in a.token_ids[:-4]]
+    return len(places) > len(answers) / 2 and len(set(places)) > 2
+
+
+def _is_forced(answers: Sequence[Answer], tokenizer: Any) -> bool:
+    """Some reasoning ends, which no answer here does of its own accord."""
+    end = tokenizer.convert_tokens_to_ids(THINK_END)
+    return sum(end in answer.token_ids for answer in answers) > len(answers) / 2
+
+
 def _mixed(index: int, base: Answer, tokenizer: Any) -> Sampling:
     seeded = {"temperature": 0.8, "seed": 7 * index}
     kinds: list[Sampling] = [
@@ -124,7 +173,11 @@ ROWS: tuple[Row, ...] = (
         "min_tokens",
         "min_tokens",
         GREEDY,
-        lambda index, base, _: {"min_tokens": 30, "stop_token_ids": base.token_ids[4:40:4]},
+        # Odd ones may stop exactly where the minimum ends, which is inside a path as often as not.
+        lambda index, base, _: {
+            "min_tokens": 30,
+            "stop_token_ids": base.token_ids[30:31] if index % 2 else base.token_ids[4:40:4],
+        },
         runs_on=True,
     ),
     Row(
@@ -192,4 +245,25 @@ ROWS: tuple[Row, ...] = (
     Row("mixed", "all of these in one batch", GREEDY, _mixed, first=True),
 )
 
-BY_NAME = {row.name: row for row in ROWS}
+REASONING: tuple[Row, ...] = (
+    Row(
+        "after_reasoning",
+        "structured output after reasoning",
+        SEEDED,
+        _after_reasoning(structured(regex="[a-z]{25}")),
+        first=True,
+        shows=_ends_reasoning,
+    ),
+    Row(
+        "thinking_budget",
+        "a thinking budget",
+        SEEDED,
+        _thinking_budget,
+        outcome="falls back",
+        shows=_is_forced,
+    ),
+    Row("reasoning", "these beside requests without them", GREEDY, _reasoning, first=True),
+)
+"""Asked of a target that reasons between two tokens of its own."""
+
+BY_NAME = {row.name: row for row in (*ROWS, *REASONING)}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.rows import ROWS
-from tests.support.models import add_tokenizer, random_model
+from tests.matrix.rows import REASONING, ROWS, THINK, THINK_END
+from tests.support.models import VOCABULARY, add_tokenizer, random_model
 from tests.support.quantised import quantised_llama
 
 CHUNKED: Mapping[str, Any] = {"max_num_batched_tokens": 64, "enable_prefix_caching": True}
@@ -38,6 +38,17 @@ class Setting:
 
 def _sliding(folder: Path) -> Path:
     return add_tokenizer(random_model(folder / "sliding", "Mistral", sliding_window=48))
+
+
+def _reasoning(folder: Path) -> Path:
+    """A target with two tokens more than the others: the beginning and the end of reasoning."""
+    from transformers import AutoTokenizer
+
+    target = add_tokenizer(random_model(folder / "reasoning", vocabulary=VOCABULARY + 2))
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert tokenizer.add_tokens([THINK, THINK_END], special_tokens=True) == 2
+    tokenizer.save_pretrained(target)
+    return target
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -106,6 +117,17 @@ SETTINGS: tuple[Setting, ...] = (
         note="stock 0.32 on CPUs applies an adapter to requests without one in the same batch",
     ),
     Setting("sliding_window", "sliding-window attention", target=_sliding),
+    *(
+        Setting(
+            f"reasoning_{parser}",
+            f"a reasoning parser ({parser})",
+            {**CHUNKED, "reasoning_parser": parser},
+            (*BOTH, *(row.name for row in REASONING)),
+            target=_reasoning,
+            note="requests with a thinking budget get no drafts",
+        )
+        for parser in ("qwen3", "deepseek_r1")
+    ),
     Setting("fp8_kv", "fp8 KV cache", {**CHUNKED, "kv_cache_dtype": "fp8"}),
     Setting(
         "quantised",

@@ -137,6 +137,7 @@ def take_reference(llm: Any, row: Row, pair: Pair) -> Reference:
     if sampling != base_sampling:
         before = prefix_hits(llm)
         answers = ask(llm, prompts, sampling, pair.lora)
+    assert row.shows(answers, tokenizer)
     return Reference(sampling, answers, base, prefix_hits(llm) - before)
 
 

@@ -27,7 +27,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"logits_processors": ["some.module:Processor"]},
         "custom logits processors",
     ),
-    "reasoning parsers": ({"reasoning_parser": "qwen3"}, "--reasoning-parser"),
     "another worker class": ({"worker_cls": "some.Worker"}, "--worker-cls"),
 }
 

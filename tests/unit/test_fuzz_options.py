@@ -270,7 +270,15 @@ def test_own_additional_config(bench: Bench) -> None:
         assume(not isinstance(value, dict) or "draft_source" in value)
         bench.refused({"method": METHOD}, additional_config={METHOD: value})
 
+    @attempts(40)
+    @given(VALUES)
+    def whole(value: Any) -> None:
+        assume(not isinstance(value, dict | None))
+        bench.refused({"method": METHOD}, additional_config=value)
+
     attempt()
+    whole()
+    assert bench.plan({"method": METHOD}, additional_config=None).settings.draft_source is None
 
 
 def test_checkpoints_that_do_not_fit(bench: Bench) -> None:

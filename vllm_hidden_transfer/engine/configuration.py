@@ -62,13 +62,7 @@ def plan(
         return None
     _check_options(options)
     _check_combination(args, model_config, parallel_config)
-    own = (args.additional_config or {}).get(METHOD, {})
-    source = own.get("draft_source") if isinstance(own, dict) else None
-    if not isinstance(own, dict) or not isinstance(source, str | None):
-        raise ConfigurationError(
-            f"{METHOD} in --additional-config is the plugin's own and holds nothing of this kind: "
-            f"{_shown(own)}."
-        )
+    source = _draft_source(args.additional_config)
     budget = options.get("num_speculative_tokens")
     if source is not None:
         settings = Settings(checkpoint=None, draft_source=source)
@@ -136,6 +130,22 @@ def preferred_block_size(args: EngineArgs) -> Iterator[None]:
         yield
     finally:
         args.block_size = None
+
+
+def _draft_source(additional: object) -> str | None:
+    """The draft source that tests and measurements name in --additional-config."""
+    if not isinstance(additional, dict | None):
+        raise ConfigurationError(
+            f"--additional-config must be an object of options, not {_shown(additional)}."
+        )
+    own = (additional or {}).get(METHOD, {})
+    source = own.get("draft_source") if isinstance(own, dict) else None
+    if not isinstance(own, dict) or not isinstance(source, str | None):
+        raise ConfigurationError(
+            f"{METHOD} in --additional-config is the plugin's own and holds nothing of this kind: "
+            f"{_shown(own)}."
+        )
+    return source
 
 
 def _is_checkpoint(model: object) -> bool:
@@ -207,8 +217,6 @@ def _check_combination(
         "--kv-transfer-config: connectors ship K/V before the accepted path is in place": (
             args.kv_transfer_config is not None
         ),
-        "reasoning budgets: leave --reasoning-parser and --reasoning-config off": args.reasoning_config
-        is not None,
         "--worker-cls: leave it at its default": args.worker_cls != "auto",
         "custom logits processors: leave --logits-processors off and uninstall packages with entry "
         "points in vllm.logits_processors": (
@@ -284,9 +292,15 @@ def _load_config(folder: Path) -> TransferConfig:
     from vllm_hidden_transfer.transfer import CheckpointError, load_checkpoint
 
     try:
-        return load_checkpoint(folder)[0]
+        config = load_checkpoint(folder)[0]
     except CheckpointError as error:
         raise ConfigurationError(str(error)) from error
+    if config.conditioning == "chained":
+        raise ConfigurationError(
+            f"the maps in {folder} are chained, which the engine cannot serve yet: "
+            "serve one-pass maps (conditioning token or none)."
+        )
+    return config
 
 
 def _check_shape(config: TransferConfig, folder: Path, model_config: ModelConfig) -> None:

@@ -24,7 +24,7 @@ from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.engine.sampling import verify
 from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.structure import check_model
-from vllm_hidden_transfer.patches import sampling_parameters
+from vllm_hidden_transfer.patches import sampling_parameters, thinking_budgets
 from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs
 
 if TYPE_CHECKING:
@@ -104,6 +104,10 @@ class TreeRunner(GPUModelRunner):
             logger.info("%s", self._banner())
             if self.settings.mismatch is not None:
                 logger.warning(MISMATCH_BANNER, self.settings.mismatch)
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(*args, **kwargs)  # it may make the batch anew
+        thinking_budgets.mend(self)
 
     def _banner(self) -> str:
         dtype = str(self.model_config.dtype).removeprefix("torch.")
@@ -247,7 +251,7 @@ class TreeRunner(GPUModelRunner):
             budget=min(self.num_spec_tokens, scheduler_output.num_spec_tokens_to_schedule),
         )
         trees = [
-            self._for_grammar(request_id, tree)
+            self._for_request(request_id, tree)
             for request_id, tree in zip(
                 batch.request_ids, self.draft_source.propose(batch), strict=True
             )
@@ -272,12 +276,18 @@ class TreeRunner(GPUModelRunner):
         counts[batch_rows] = rows_each
         self.set_active_loras(self.input_batch, counts, counts)
 
-    def _for_grammar(self, request_id: str, tree: TokenTree) -> TokenTree:
-        """vLLM checks drafts against a grammar as a chain, so such a request gets its most probable path."""
+    def _for_request(self, request_id: str, tree: TokenTree) -> TokenTree:
+        """What a request can use of its tree.
+
+        A thinking budget counts tokens from step to step, so such a request gets no drafts. vLLM checks drafts against
+        a grammar as a chain, so a request with one gets its most probable path.
+        """
         params = self.requests[request_id].sampling_params
-        if params is not None and params.structured_outputs is not None:
-            return limit_runs(tree, 1)
-        return tree
+        if params is None:
+            return tree
+        if params.thinking_token_budget is not None:
+            return tree.truncated(0)
+        return tree if params.structured_outputs is None else limit_runs(tree, 1)
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         self.trees.pop(req_id, None)

@@ -109,6 +109,7 @@ def _on_path(
             if request in metadata.bad_words_token_ids
         },
         logitsprocs=_processors_on_path(metadata.logitsprocs, requests, walk),
+        thinking_budget_state_holder=None,  # a request with such a budget has no tree
     )
 
 
