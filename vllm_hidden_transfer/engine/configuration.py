@@ -243,6 +243,11 @@ def _check_combination(
         "batch-sharded sampling: leave --enable-batch-sharded-sampling off": (
             parallel_config.enable_batch_sharded_sampling
         ),
+        "--watermark-config: its drafts and its target need noise of their own": (
+            args.watermark_config is not None
+        ),
+        "--return-sampling-mask: leave it off": args.return_sampling_mask,
+        "--enable-trace-replay: leave it off": args.enable_trace_replay,
         "--pipeline-parallel-size above 1: use --tensor-parallel-size": (
             parallel_config.pipeline_parallel_size > 1
         ),

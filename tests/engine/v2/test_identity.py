@@ -16,6 +16,7 @@ import pytest
 
 from tests.engine.v2 import VOCABULARY
 from tests.support.engines import (
+    PLANTED,
     Texts,
     acceptance_length,
     counters_of,
@@ -72,10 +73,11 @@ def _counters(llm: Any) -> dict[str, int]:
 
 @contextmanager
 def planted_engine(target: Path, nodes: int, **options: Any) -> Iterator[Any]:
-    source = options.pop("source", "vllm_hidden_transfer.evaluation.planted:PlantedSource")
+    source = options.pop("source", PLANTED)
     with engine(target, **options, **planted_options(nodes, source)) as llm:
-        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        assert type(worker.model_runner).__name__ == "TreeCPUModelRunnerV2"
+        if "tensor_parallel_size" not in options:
+            worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+            assert type(worker.model_runner).__name__ == "TreeCPUModelRunnerV2"
         yield llm
 
 
@@ -224,3 +226,29 @@ def test_preemption_and_slots_used_again(
         assert one.different == []
         assert one.acceptance_length >= 1.5
     assert sum(one.preemptions for one in found) >= 10
+
+
+def compare_tensor_parallel(target: Path, answers: Path) -> list[Found]:
+    """Two ranks, which must draw the same numbers and walk alike."""
+    options = {**CHUNKED, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    prompts = random_prompts(3, vocabulary=VOCABULARY, longest=40)
+    found = []
+    with engine(target, **options) as llm:
+        greedy = generate(llm, prompts, max_tokens=16)
+        cool, _ = sampled(llm, prompts, "cool", False)
+    Texts([*prompts, *prompts], [*greedy.outputs, *cool.outputs]).plant(answers, VOCABULARY)
+    with planted_engine(target, 8, **options) as llm:
+        found.append(Found.between(llm, greedy, lambda: generate(llm, prompts, max_tokens=16)))
+        found.append(Found.between(llm, cool, lambda: sampled(llm, prompts, "cool", False)[0]))
+    return found
+
+
+def test_tensor_parallel(tiny_target: Path, tmp_path: Path) -> None:
+    found = under_v2(
+        compare_tensor_parallel,
+        *(tiny_target, tmp_path / "answers.json"),
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    for one in found:
+        assert one.different == []
+        assert one.accepted_tokens > 0
