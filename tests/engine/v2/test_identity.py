@@ -161,6 +161,7 @@ def compare_sampled(target: Path, answers: Path, asynchronous: bool) -> dict[str
     prompts = random_prompts(4, vocabulary=VOCABULARY, longest=40)
     with engine(target, **options) as llm:
         references = {row: sampled(llm, prompts, row, False) for row in ROWS}
+    references["cool"][0].plant(answers, VOCABULARY)  # an engine wants the file at its start
     found = {}
     with planted_engine(target, 12, **options) as llm:
         for row, (reference, logprobs) in references.items():
