@@ -45,6 +45,7 @@ class Found:
 
     different: list[tuple[int, int]]
     acceptance_length: float
+    drafts: int
     draft_tokens: int
     accepted_tokens: int
     preemptions: int = 0
@@ -59,6 +60,7 @@ class Found:
         return cls(
             differences(reference, texts),
             acceptance_length(texts, counters),
+            counters.drafts,
             counters.draft_tokens,
             counters.accepted_tokens,
             others["vllm:num_preemptions"] - others_before["vllm:num_preemptions"],
@@ -111,6 +113,8 @@ def test_greedy(dtype: str, asynchronous: bool, tiny_target: Path, tmp_path: Pat
     for one in found:
         assert one.different == []
         assert one.acceptance_length >= 2
+        assert one.draft_tokens < 16 * one.drafts, "the scheduler cut no tree"
+    assert found[1].prefix_hits > 0
 
 
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
