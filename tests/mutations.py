@@ -29,8 +29,8 @@ LIVE = "tests/engine/test_demo_target.py::test_core"
 CHUNKS = (
     "tests/engine/test_stock_bugs.py::test_a_seeded_prompt_in_chunks_gives_the_text_of_one_piece"
 )
-V2_GREEDY = "tests/engine/v2/test_identity.py::test_greedy[float32-sync]"
-V2_SEEDED = "tests/engine/v2/test_identity.py::test_a_seed_gives_the_text_of_no_speculation[sync]"
+V2_GREEDY = "tests/engine/v2/test_identity.py::test_greedy[float32-async]"
+V2_SEEDED = "tests/engine/v2/test_identity.py::test_a_seed_gives_the_text_of_no_speculation[async]"
 V2_DRAFTS = "tests/engine/v2/test_transfer.py::test_drafts_are_those_of_v1"
 V2_TENSORS = "tests/unit/test_tree_tensors.py"
 ENUMERATION = "tests/statistics/test_enumeration.py"

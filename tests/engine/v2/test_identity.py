@@ -36,6 +36,13 @@ CHUNKED: dict[str, Any] = {
     "enable_prefix_caching": True,
     "max_num_seqs": 4,
 }
+BOTH_SCHEDULERS = pytest.mark.parametrize(
+    "asynchronous",
+    [
+        pytest.param(True, id="async"),
+        pytest.param(False, id="sync", marks=pytest.mark.matrix),
+    ],
+)
 FEWER = "vllm_hidden_transfer.evaluation.planted:FewerNodesSource"
 
 
@@ -102,8 +109,15 @@ def compare_greedy(
     return found
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "asynchronous"),
+    [
+        pytest.param("float32", True, id="float32-async"),
+        pytest.param("bfloat16", False, id="bfloat16-sync"),
+        pytest.param("float32", False, id="float32-sync", marks=pytest.mark.matrix),
+        pytest.param("bfloat16", True, id="bfloat16-async", marks=pytest.mark.matrix),
+    ],
+)
 def test_greedy(dtype: str, asynchronous: bool, tiny_target: Path, tmp_path: Path) -> None:
     found = under_v2(
         compare_greedy,
@@ -184,7 +198,7 @@ def compare_sampled(target: Path, answers: Path, asynchronous: bool) -> dict[str
     return found
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@BOTH_SCHEDULERS
 def test_a_seed_gives_the_text_of_no_speculation(
     asynchronous: bool, tiny_target: Path, tmp_path: Path
 ) -> None:
@@ -218,7 +232,7 @@ def compare_crowded(target: Path, answers: Path, asynchronous: bool) -> list[Fou
         ]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@BOTH_SCHEDULERS
 def test_preemption_and_slots_used_again(
     asynchronous: bool, tiny_target: Path, tmp_path: Path
 ) -> None:
