@@ -7,9 +7,11 @@ changes the whole process, so no test module may import vLLM under it: a test ha
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,20 +41,26 @@ def under_v2(
 
     Raises:
         AssertionError: with the end of the child's output, where it fails.
+        subprocess.TimeoutExpired: where it takes longer.
     """
     with tempfile.TemporaryDirectory() as folder:
         call, answer, log = (Path(folder) / name for name in ("call", "answer", "log"))
         call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
         with log.open("w") as output:
-            status = subprocess.run(
+            child = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(call), str(answer)],
                 env=_environment(async_scheduling, environment or {}),
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            ).returncode
+                start_new_session=True,
+            )
+            try:
+                status = child.wait(seconds)
+            finally:
+                # Tensor-parallel workers, if it left any.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
         assert status == 0, f"{function.__qualname__} failed under V2:\n{log.read_text()[-6000:]}"
         result: Result = pickle.loads(answer.read_bytes())
         return result

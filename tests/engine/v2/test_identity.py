@@ -262,6 +262,7 @@ def compare_tensor_parallel(target: Path, answers: Path) -> list[Found]:
     return found
 
 
+@pytest.mark.matrix
 def test_tensor_parallel(tiny_target: Path, tmp_path: Path) -> None:
     found = under_v2(
         compare_tensor_parallel,
