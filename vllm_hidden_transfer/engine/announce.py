@@ -22,6 +22,11 @@ allow_target_mismatch is set, so it drafts all the same. The output stays exact;
 expect fewer accepted drafts until maps are trained for this very target.
 ********************************************************************************"""
 
+UNUSABLE_DRAFTS = (
+    "hidden_transfer: the draft pass gave NaN or infinite logits; those drafts are dropped and the "
+    "output stays exact, but expect fewer accepted drafts. This is said once."
+)
+
 
 def announce(
     settings: Settings, drafts: str, budget: int, dtype: torch.dtype, attention: str, runner: str

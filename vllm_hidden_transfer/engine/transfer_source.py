@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_hidden_transfer.drafting.distributions import top_candidates
 from vllm_hidden_transfer.drafting.source import DraftBatch
+from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
 from vllm_hidden_transfer.engine.draft_pass import DraftPass
 from vllm_hidden_transfer.tree import TokenTree, most_probable_paths
 
@@ -58,10 +59,7 @@ class TransferSource:
             return
         self._runner.clear(torch.from_numpy(self._slots[rows]))
         if not self.unusable_rows:
-            logger.warning(
-                "hidden_transfer: the draft pass gave NaN or infinite logits; those drafts are dropped and the "
-                "output stays exact, but expect fewer accepted drafts. This is said once."
-            )
+            logger.warning(UNUSABLE_DRAFTS)
         self.unusable_rows += unusable
 
     def draft_logits(self, batch: DraftBatch) -> torch.Tensor:

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
+from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
 from vllm_hidden_transfer.engine.cpu_paths import CPUPaths
 from vllm_hidden_transfer.engine.kv_store import with_scratch_blocks
 from vllm_hidden_transfer.engine.v2.drafting import SlotBatch
@@ -106,8 +107,5 @@ class TreeCPUModelRunnerV2(CPUPaths, TreeRunnerV2, CPUModelRunner):
             return
         self.clear(self._draft_slots[unusable])
         if not self.unusable_rows:
-            logger.warning(
-                "hidden_transfer: the draft pass gave NaN or infinite logits; those drafts are dropped and the "
-                "output stays exact, but expect fewer accepted drafts. This is said once."
-            )
+            logger.warning(UNUSABLE_DRAFTS)
         self.unusable_rows += count
