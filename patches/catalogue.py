@@ -77,6 +77,81 @@ SUBCLASSED: tuple[Surface, ...] = (
 )
 
 
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
+_REJECTION_V2 = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
+
+SUBCLASSED_V2: tuple[Surface, ...] = (
+    Surface("vllm.v1.worker.cpu.model_runner", "CPUModelRunner"),
+    Surface(_RUNNER_V2, "GPUModelRunner.add_requests", ("scheduler_output",)),
+    Surface(_RUNNER_V2, "GPUModelRunner.prepare_attn", ("input_batch",)),
+    Surface(
+        _RUNNER_V2, "GPUModelRunner.sample", ("hidden_states", "input_batch", "grammar_output")
+    ),
+    Surface(_RUNNER_V2, "GPUModelRunner.initialize_kv_cache", ("kv_cache_config",)),
+    Surface(
+        _REJECTION_V2,
+        "RejectionSampler.__call__",
+        ("logits", "input_batch", "draft_logits", "invalid_drafts"),
+    ),
+    Surface(
+        _REJECTION_V2,
+        "RejectionSampler._verify",
+        (
+            "logits",
+            "draft_logits",
+            "draft_sampled",
+            "pos",
+            "cu_num_logits",
+            "idx_mapping",
+            "idx_mapping_np",
+            "expanded_idx_mapping",
+            "expanded_local_pos",
+            "seq_lens_upper_bound_np",
+            "verify_draft_sampled",
+        ),
+    ),
+    Surface(
+        _REJECTION_V2,
+        "RejectionSampler._get_logprobs_tensors",
+        (
+            "sampled",
+            "num_sampled",
+            "logits",
+            "cu_num_logits",
+            "cu_num_logits_np",
+            "max_num_logprobs",
+        ),
+    ),
+    Surface(
+        "vllm.v1.worker.gpu.spec_decode.speculator",
+        "BaseSpeculator.propose",
+        ("input_batch", "aux_hidden_states", "num_sampled", "last_sampled", "dummy_run"),
+    ),
+    Surface(
+        "vllm.v1.worker.gpu.sample.sampler",
+        "Sampler.sample",
+        ("logits", "expanded_idx_mapping", "pos", "expanded_local_pos", "return_logprobs"),
+    ),
+    Surface("vllm.v1.worker.gpu.sample.penalties", "PenaltiesState.apply", ("logits", "ctx")),
+    Surface(
+        "vllm.v1.worker.gpu.sample.penalties",
+        "apply_penalties",
+        (
+            "logits",
+            "expanded_idx_mapping",
+            "token_ids",
+            "expanded_local_pos",
+            "repetition_penalty",
+            "frequency_penalty",
+            "presence_penalty",
+            "prompt_bin_mask",
+            "output_bin_counts",
+        ),
+    ),
+)
+"""What the V2 adapter builds on beyond that; checked for engines that run it, because it is heavy to import."""
+
+
 def install() -> None:
     """Check every patch of AT_START before the first of them is applied."""
     for patch in AT_START:
@@ -85,13 +160,16 @@ def install() -> None:
         patch.apply()
 
 
-def check_engine() -> None:
+def check_engine(*, v2: bool = False) -> None:
     """Check what an engine with our method needs beyond that. Imports vLLM's runner.
+
+    Args:
+        v2: whether it runs vLLM's V2 model runner.
 
     Raises:
         MissingSurfaceError: naming what is missing.
     """
     for patch in IN_WORKERS:
         patch.check()
-    for surface in SUBCLASSED:
+    for surface in (*SUBCLASSED, *(SUBCLASSED_V2 if v2 else ())):
         surface.check()

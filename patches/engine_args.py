@@ -35,7 +35,7 @@ def _install() -> None:
         translated = copy.copy(self)
         translated.spec_method = translated.spec_model = translated.spec_tokens = None
         translated.speculative_config = {
-            "method": "custom_class",
+            "method": configuration.stand_in_method(),
             "model": plan.proposer,
             "num_speculative_tokens": plan.budget,
         }
@@ -46,7 +46,11 @@ def _install() -> None:
     ) -> Any:
         try:
             with configuration.preferred_block_size(self):
-                return stock_engine(self, usage_context, *args, **kwargs)
+                config = stock_engine(self, usage_context, *args, **kwargs)
+                if configuration.fits_its_runner(config):
+                    return config
+                with configuration.for_v1():
+                    return stock_engine(self, usage_context, *args, **kwargs)
         except configuration.ConfigurationError as error:
             if usage_context is not UsageContext.OPENAI_API_SERVER:
                 raise
@@ -59,9 +63,10 @@ def _install() -> None:
 PATCH = Patch(
     name="engine_args",
     why="SpeculativeConfig.method is a closed Literal and extra keys are forbidden.",
-    how="Wraps EngineArgs.create_speculative_config: our method becomes custom_class, our settings travel in "
-    "additional_config (part of the compile hash), worker_cls names our worker. Wraps create_engine_config for the "
-    "CPU's block size and so that a server start refuses in one sentence.",
+    how="Wraps EngineArgs.create_speculative_config: our method becomes custom_class for the V1 runner and ngram_gpu "
+    "for V2, which keeps async scheduling and knows no custom class; our settings travel in additional_config (part of "
+    "the compile hash), worker_cls names our worker. Wraps create_engine_config to make the configuration again where "
+    "vLLM then picks V1, for the CPU's block size, and so that a server start refuses in one sentence.",
     versions="0.32",
     retired_by="a registry of speculative methods in vLLM",
     surfaces=(
@@ -73,6 +78,7 @@ PATCH = Patch(
         Surface("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("usage_context",)),
         Surface("vllm.engine.arg_utils", "EngineArgs.spec_tokens"),
         Surface("vllm.config", "ParallelConfig.worker_cls"),
+        Surface("vllm.config", "VllmConfig.use_v2_model_runner"),
         Surface(
             "vllm.v1.spec_decode.custom_class_proposer", "create_custom_proposer", ("vllm_config",)
         ),

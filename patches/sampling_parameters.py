@@ -23,15 +23,39 @@ SURFACES_IN_WORKERS = (
 def _install() -> None:
     from vllm.sampling_params import SamplingParams
 
-    from vllm_hidden_transfer.engine.configuration import PROPOSER
+    from vllm_hidden_transfer.engine.configuration import PROPOSER, STAND_IN
 
     stock = SamplingParams._validate_spec_decode
 
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
         if speculative_config is None or speculative_config.model != PROPOSER:
             stock(self, speculative_config)
+        elif speculative_config.method == STAND_IN:
+            refuse_under_v2(self)
 
     SamplingParams._validate_spec_decode = _validate_spec_decode
+
+
+def refuse_under_v2(params: Any) -> None:
+    """Refuse what V2's own code takes for a chain and ours does not do on a tree yet.
+
+    Raises:
+        VLLMValidationError: one sentence, which fails the request and not the engine.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    asked = {
+        "structured outputs": params.structured_outputs is not None,
+        "bad_words": bool(params.bad_words),
+        "logprob_token_ids": bool(params.logprob_token_ids),
+        "thinking_token_budget": params.thinking_token_budget is not None,
+    }
+    for what, applies in asked.items():
+        if applies:
+            raise VLLMValidationError(
+                f"hidden_transfer does not serve {what} under vLLM's V2 model runner: leave them out of the request, "
+                "or start the server with VLLM_USE_V2_MODEL_RUNNER=0."
+            )
 
 
 @contextmanager
@@ -67,8 +91,8 @@ PATCH = Patch(
     name="sampling_parameters",
     why="vLLM refuses min_p and logit_bias with any speculation, because its rejection sampler knows no logits "
     "processors by row. Our walk samples every row with the stock sampler and the request's own processors.",
-    how="Wraps SamplingParams._validate_spec_decode (stock's for every other method) and lets our runner build the "
-    "built-in logits processors.",
+    how="Wraps SamplingParams._validate_spec_decode (stock's for every other method; under V2 ours refuses what its "
+    "kernels take for a chain) and lets our V1 runner build the built-in logits processors.",
     versions="0.32",
     retired_by="a check by speculative method in vLLM",
     surfaces=(

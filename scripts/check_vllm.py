@@ -535,7 +535,8 @@ def seams_in_use(roots: Sequence[Path] = OUR_SOURCES) -> list[Seam]:
     for name in RELIED_ON.split():
         seams[name] = Seam(name)
     patches = (*catalogue.AT_START, *catalogue.IN_WORKERS)
-    for surface in (*(one for patch in patches for one in patch.surfaces), *catalogue.SUBCLASSED):
+    patched = (one for patch in patches for one in patch.surfaces)
+    for surface in (*patched, *catalogue.SUBCLASSED, *catalogue.SUBCLASSED_V2):
         name = f"{surface.module}.{surface.name}"
         seams[name] = Seam(name, parameters=surface.parameters)
     return [seams[name] for name in sorted(seams)]

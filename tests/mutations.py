@@ -30,6 +30,10 @@ DRAFTS = "tests/engine/test_draft_pass.py::test_draft_logits_equal_transformers[
 CHUNKS = (
     "tests/engine/test_stock_bugs.py::test_a_seeded_prompt_in_chunks_gives_the_text_of_one_piece"
 )
+V2_GREEDY = "tests/engine/v2/test_identity.py::test_greedy[float32-async]"
+V2_SEEDED = "tests/engine/v2/test_identity.py::test_a_seed_gives_the_text_of_no_speculation[async]"
+V2_DRAFTS = "tests/engine/v2/test_transfer.py::test_drafts_are_those_of_v1"
+V2_TENSORS = "tests/unit/test_tree_tensors.py"
 ENUMERATION = "tests/statistics/test_enumeration.py"
 
 
@@ -171,6 +175,53 @@ MUTATIONS = (
         "tree/walk.py",
         (("self.nodes[request] = child", "pass"),),
         ENUMERATION,
+    ),
+    Mutation(
+        "V2: positions stay linear",
+        "engine/v2/slots.py",
+        (("[batch.expanded_idx_mapping, rows] - rows", "[batch.expanded_idx_mapping, rows] * 0"),),
+        V2_GREEDY,
+    ),
+    Mutation(
+        "V2: no compaction",
+        "engine/v2/runner.py",
+        (("self._step_slots[places], moved)", "self._step_slots[places], moved & False)"),),
+        V2_GREEDY,
+    ),
+    Mutation(
+        "V2: parents out of step with tokens",
+        "engine/v2/slots.py",
+        (
+            (
+                "self.parents.index_copy_(0, slots, trees.parents)",
+                "self.parents.index_copy_(0, slots, (trees.parents - 1).clamp(min=-1))",
+            ),
+        ),
+        V2_GREEDY,
+    ),
+    Mutation(
+        "V2: noise of the wrong position",
+        "engine/v2/verify.py",
+        (("pos + self._slots.depths[expanded_idx_mapping, row] - row,", "pos,"),),
+        V2_SEEDED,
+    ),
+    Mutation(
+        "V2: penalty path ignored",
+        "engine/v2/penalties.py",
+        (("on_path.to(counts.dtype))", "on_path.to(counts.dtype) * 0)"),),
+        V2_SEEDED,
+    ),
+    Mutation(
+        "V2: hidden state of the root",
+        "engine/v2/runner.py",
+        (("self.last_rows = roots + last[:, 0]", "self.last_rows = roots"),),
+        V2_DRAFTS,
+    ),
+    Mutation(
+        "V2: a rejected node's child is accepted",
+        "tree/tensors.py",
+        (("(drawn[:, None, :] | ~reach).all(-1)", "drawn"),),
+        V2_TENSORS,
     ),
 )
 

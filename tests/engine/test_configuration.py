@@ -167,7 +167,9 @@ def test_other_weights_are_refused_unless_allowed(target: Path, tmp_path: Path) 
     assert "other weights" in config.additional_config["hidden_transfer"]["mismatch"]
 
 
-def test_the_v2_runner_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_v2_runner_is_refused_without_triton(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=1 without Triton"):
         configure(target, speculative_config={"method": "hidden_transfer"})

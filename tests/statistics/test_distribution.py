@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +30,31 @@ FALSE_ALARM_RATE = 1e-4
 
 
 @torch.inference_mode()
-def exact_probabilities(target: Path, prompt: list[int]) -> dict[tuple[int, ...], float]:
-    """The target's probability of every text of LENGTH tokens at temperature 1."""
+def exact_probabilities(
+    target: Path, prompt: list[int], length: int = LENGTH
+) -> dict[tuple[int, ...], float]:
+    """The target's probability of every text of some length at temperature 1."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    texts = list(itertools.product(range(GuessingSource.vocabulary), repeat=LENGTH))
+    texts = list(itertools.product(range(GuessingSource.vocabulary), repeat=length))
     joint = torch.zeros(len(texts), dtype=torch.float64)
     for part in range(0, len(texts), 1024):
         chunk = torch.tensor(texts[part : part + 1024])
         ids = torch.cat([torch.tensor(prompt).expand(len(chunk), -1), chunk], dim=1)
-        logits = model(ids[:, :-1]).logits[:, -LENGTH:].double().log_softmax(-1)
+        logits = model(ids[:, :-1]).logits[:, -length:].double().log_softmax(-1)
         joint[part : part + 1024] = logits.gather(-1, chunk[..., None]).sum((1, 2))
     return dict(zip(texts, joint.exp().tolist(), strict=True))
+
+
+def goodness_of_fit(
+    texts: Mapping[tuple[int, ...], int], expected: Mapping[tuple[int, ...], float]
+) -> tuple[int, float]:
+    """Cells (texts that are expected fewer than five times share one) and p-value of a chi-square test."""
+    counts = np.array([texts.get(text, 0) for text in expected], dtype=float)
+    means = np.array(list(expected.values())) * counts.sum()
+    rare = means < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    means = np.append(means[~rare], means[rare].sum())
+    return len(counts), float(chisquare(counts, means * counts.sum() / means.sum()).pvalue)
 
 
 def test_sampled_texts_are_the_targets(tmp_path: Path) -> None:
@@ -69,10 +84,6 @@ def test_sampled_texts_are_the_targets(tmp_path: Path) -> None:
     assert sum(texts.values()) == SAMPLES
     assert accepted > SAMPLES / 4  # the trees took part
 
-    counts = np.array([texts[text] for text in expected], dtype=float)
-    means = np.array(list(expected.values())) * SAMPLES
-    rare = means < 5
-    counts = np.append(counts[~rare], counts[rare].sum())
-    means = np.append(means[~rare], means[rare].sum())
-    assert len(counts) > 100
-    assert chisquare(counts, means * counts.sum() / means.sum()).pvalue > FALSE_ALARM_RATE
+    cells, p_value = goodness_of_fit(texts, expected)
+    assert cells > 100
+    assert p_value > FALSE_ALARM_RATE

@@ -55,12 +55,16 @@ def planted_options(budget: int, source: str = PLANTED) -> dict[str, Any]:
 
 
 def random_prompts(
-    count: int, seed: int = 0, longest: int = 90, lengths: Sequence[int] | None = None
+    count: int,
+    seed: int = 0,
+    longest: int = 90,
+    lengths: Sequence[int] | None = None,
+    vocabulary: int = VOCABULARY,
 ) -> list[list[int]]:
     """Prompts of random tokens, of random or given lengths."""
     rng = np.random.default_rng(seed)
     sizes = lengths or [int(rng.integers(5, longest)) for _ in range(count)]
-    return [rng.integers(3, VOCABULARY, size).tolist() for size in sizes]
+    return [rng.integers(3, vocabulary, size).tolist() for size in sizes]
 
 
 @dataclass(frozen=True)

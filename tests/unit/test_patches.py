@@ -50,14 +50,21 @@ def test_nothing_is_applied_when_one_seam_is_missing(monkeypatch: pytest.MonkeyP
     assert not {"one", "two"} & base._applied
 
 
-@pytest.mark.parametrize("missing", catalogue.SUBCLASSED, ids=lambda surface: surface.name)
+@pytest.mark.parametrize(
+    ("missing", "v2"),
+    [
+        *((surface, False) for surface in catalogue.SUBCLASSED),
+        *((surface, True) for surface in catalogue.SUBCLASSED_V2),
+    ],
+    ids=lambda value: value.name if isinstance(value, Surface) else "",
+)
 def test_every_subclassed_seam_is_checked(
-    missing: Surface, monkeypatch: pytest.MonkeyPatch
+    missing: Surface, v2: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Take one seam away from vLLM at a time: the engine's check must name it."""
     import importlib
 
-    catalogue.check_engine()
+    catalogue.check_engine(v2=v2)
     owner: object = importlib.import_module(missing.module)
     *path, last = missing.name.split(".")
     for part in path:
@@ -67,7 +74,7 @@ def test_every_subclassed_seam_is_checked(
         if last in vars(base_class):
             monkeypatch.delattr(base_class, last)
     with pytest.raises(MissingSurfaceError, match=last):
-        catalogue.check_engine()
+        catalogue.check_engine(v2=v2)
 
 
 def test_patches_are_applied_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,7 +20,7 @@ from vllm_hidden_transfer.config import one_sentence
 from vllm_hidden_transfer.engine.settings import METHOD, Settings
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_hidden_transfer.config import TransferConfig
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 OPTIONS = ("method", "model", "num_speculative_tokens", "allow_target_mismatch")
 MAX_BUDGET = 256
 PROPOSER = "vllm_hidden_transfer.engine.runner.UnusedProposer"
-"""What the speculative configuration of our method says in vLLM's own words."""
+"""What the speculative configuration of our method names as its model, under either runner."""
+STAND_IN = "ngram_gpu"
+"""Our method in vLLM's own words under the V2 runner, which takes it with async scheduling; V1 has ``custom_class``."""
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU default of 128 makes every copy of a partial block four times as large."""
 
@@ -117,6 +120,41 @@ def requested(args: EngineArgs) -> dict[str, Any] | None:
     return None
 
 
+_only_v1: ContextVar[bool] = ContextVar("only_v1", default=False)
+
+
+def stand_in_method() -> str:
+    """The speculative method of vLLM's that ours is translated into, which decides on the model runner.
+
+    ``VLLM_USE_V2_MODEL_RUNNER`` is honoured. Where it is unset, V2's is tried first, and if vLLM then picks V1
+    (``fits_its_runner``) the configuration is made again ``for_v1``.
+    """
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    wanted = envs.VLLM_USE_V2_MODEL_RUNNER
+    v2 = HAS_TRITON if wanted is None else wanted
+    return STAND_IN if v2 and not _only_v1.get() else "custom_class"
+
+
+def fits_its_runner(config: VllmConfig) -> bool:
+    """False where our method was translated for V2 and vLLM picked V1."""
+    speculative = config.speculative_config
+    if speculative is None or (speculative.model, speculative.method) != (PROPOSER, STAND_IN):
+        return True
+    return bool(config.use_v2_model_runner)
+
+
+@contextmanager
+def for_v1() -> Iterator[None]:
+    """While this lasts, configurations are made for the V1 runner."""
+    token = _only_v1.set(True)
+    try:
+        yield
+    finally:
+        _only_v1.reset(token)
+
+
 @contextmanager
 def preferred_block_size(args: EngineArgs) -> Iterator[None]:
     """On a CPU, while a configuration is made: blocks of 32 where the user set no size."""
@@ -198,6 +236,7 @@ def _check_combination(
     """Refuse what was not tried, naming the option."""
     from vllm import envs
     from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
 
     from vllm_hidden_transfer.patches import catalogue
 
@@ -205,7 +244,20 @@ def _check_combination(
         "this device: it verifies trees on CPUs only so far, so serve on a CPU or without it": (
             not current_platform.is_cpu()
         ),
-        "VLLM_USE_V2_MODEL_RUNNER=1: unset it": bool(envs.VLLM_USE_V2_MODEL_RUNNER),
+        "VLLM_USE_V2_MODEL_RUNNER=1 without Triton, which vLLM's V2 runner needs: unset it": (
+            bool(envs.VLLM_USE_V2_MODEL_RUNNER) and not HAS_TRITON
+        ),
+        "--enable-lora under the V2 model runner: set VLLM_USE_V2_MODEL_RUNNER=0": (
+            args.enable_lora and stand_in_method() == STAND_IN
+        ),
+        "batch-sharded sampling: leave --enable-batch-sharded-sampling off": (
+            parallel_config.enable_batch_sharded_sampling
+        ),
+        "--watermark-config: its drafts and its target need noise of their own": (
+            args.watermark_config is not None
+        ),
+        "--return-sampling-mask: leave it off": args.return_sampling_mask,
+        "--enable-trace-replay: leave it off": args.enable_trace_replay,
         "--pipeline-parallel-size above 1: use --tensor-parallel-size": (
             parallel_config.pipeline_parallel_size > 1
         ),
@@ -239,7 +291,7 @@ def _check_combination(
     for what, applies in refused.items():
         if applies:
             raise ConfigurationError(f"hidden_transfer does not work with {what}.")
-    catalogue.check_engine()
+    catalogue.check_engine(v2=stand_in_method() == STAND_IN)
 
 
 def _checkpoint_folder(model: object, target: str) -> Path:

@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU adapter: vLLM's CPU worker and V1 CPU model runner with tree attention."""
+"""The CPU adapter: vLLM's CPU worker, and its V1 CPU model runner with tree attention."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from vllm.logger import init_logger
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -19,28 +14,17 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_hidden_transfer.drafting.source import DraftSource
-from vllm_hidden_transfer.engine.cpu_attention import (
-    TreeAttentionBackend,
-    TreeAttentionMetadataBuilder,
-)
-from vllm_hidden_transfer.engine.kv_store import (
-    KVStore,
-    num_scratch_blocks,
-    with_scratch_blocks,
-)
+from vllm_hidden_transfer.engine.cpu_attention import TreeAttentionBackend
+from vllm_hidden_transfer.engine.cpu_paths import CPUPaths
+from vllm_hidden_transfer.engine.kv_store import num_scratch_blocks, with_scratch_blocks
 from vllm_hidden_transfer.engine.runner import TreeRunner
 from vllm_hidden_transfer.engine.transfer_source import TransferSource
 from vllm_hidden_transfer.patches import cpu_attention_backend, cpu_model_runner, seeded_chunks
 from vllm_hidden_transfer.tree import TokenTree, fit_to_scratch
 
-logger = init_logger("vllm.hidden_transfer")
 
-
-class TreeCPUModelRunner(TreeRunner, CPUModelRunner):
+class TreeCPUModelRunner(CPUPaths, TreeRunner, CPUModelRunner):
     """Tree verification and two-pass drafting on the CPU."""
-
-    store: KVStore
-    attention_name = "tree paths on CPU_ATTN"
 
     def initialize_kv_cache_tensors(
         self,
@@ -55,53 +39,12 @@ class TreeCPUModelRunner(TreeRunner, CPUModelRunner):
             kernel_block_sizes,
             kv_cache_allocation_context,
         )
-        layers = self.compilation_config.static_forward_context
-        self.store = KVStore(caches, range(num_blocks, num_blocks + scratch), layers)
-        (tensor,) = kv_cache_config.kv_cache_tensors
-        logger.info(
-            "hidden_transfer: %d scratch blocks for tree paths (%.0f MiB beside the KV cache)",
-            scratch,
-            scratch * tensor.block_stride * len(tensor.layers) / 2**20,
-        )
-        for builder in self._builders():
-            builder.store = self.store
+        self.open_store(caches, num_blocks, scratch)
         return caches
-
-    def _builders(self) -> list[TreeAttentionMetadataBuilder]:
-        return [
-            builder
-            for groups in self.attn_groups
-            for group in groups
-            for builder in group.metadata_builders
-        ]
-
-    def set_trees(self, trees: Sequence[TokenTree | None] | None) -> None:
-        for builder in self._builders():
-            builder.trees = trees
-
-    def compact(self, rows: Sequence[int], slots: Sequence[int]) -> None:
-        if rows:
-            (builder,) = self._builders()
-            assert builder.last_pass is not None
-            builder.last_pass.compact(rows, slots, builder.isa)
-
-    def clear(self, slots: NDArray[np.int64]) -> None:
-        """Write zeros into some slots of the paged cache, in all layers."""
-        (builder,) = self._builders()
-        self.store.clear(torch.from_numpy(slots.astype(np.int64)), builder.dtype, builder.isa)
 
     def fit_to_scratch(self, trees: list[TokenTree], first_positions: list[int]) -> list[TokenTree]:
         store = self.store
         return fit_to_scratch(trees, first_positions, store.block_size, len(store.scratch))
-
-    def draft_metadata(
-        self, common: CommonAttentionMetadata
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Attention metadata and slots of a draft pass, by layer name."""
-        (builder,) = self._builders()
-        metadata = builder.build(0, common)
-        names = self.store.layer_names
-        return dict.fromkeys(names, metadata), dict.fromkeys(names, common.slot_mapping)
 
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
@@ -119,11 +62,19 @@ class TreeCPUModelRunner(TreeRunner, CPUModelRunner):
 
 
 class HiddenTransferCPUWorker(CPUWorker):
-    """vLLM's CPU worker around :class:`TreeCPUModelRunner`."""
+    """vLLM's CPU worker around a runner of ours, for whichever generation of model runners vLLM chose."""
 
     def init_device(self) -> None:
-        with cpu_model_runner.replaced_by(TreeCPUModelRunner):
+        with cpu_model_runner.replaced_by(self._runner_class(), v2=self.use_v2_model_runner):
             super().init_device()
+
+    def _runner_class(self) -> type:
+        if not self.use_v2_model_runner:
+            return TreeCPUModelRunner
+        # V2 needs Triton, which a V1 engine need not have.
+        from vllm_hidden_transfer.engine.v2.cpu import TreeCPUModelRunnerV2
+
+        return TreeCPUModelRunnerV2
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with cpu_attention_backend.replaced_by(

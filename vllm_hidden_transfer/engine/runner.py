@@ -8,7 +8,6 @@ trees. A step in which no request has drafts is a stock step.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -16,11 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
 from vllm.v1.outputs import SamplerOutput
 
 from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
+from vllm_hidden_transfer.engine.announce import announce
 from vllm_hidden_transfer.engine.sampling import verify
 from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.structure import check_model
@@ -36,16 +34,6 @@ if TYPE_CHECKING:
 
 else:
     GPUModelRunner = object  # a mixin: the device's runner class comes after it
-
-
-logger = init_logger("vllm.hidden_transfer")
-
-MISMATCH_BANNER = """
-********************************************************************************
-hidden_transfer: %s.
-allow_target_mismatch is set, so it drafts all the same. The output stays exact;
-expect fewer accepted drafts until maps are trained for this very target.
-********************************************************************************"""
 
 
 class UnusedProposer:
@@ -100,21 +88,18 @@ class TreeRunner(GPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         check_model(self.model, self.draft_source.transfer_layer)
-        if get_tensor_model_parallel_rank() == 0:
-            logger.info("%s", self._banner())
-            if self.settings.mismatch is not None:
-                logger.warning(MISMATCH_BANNER, self.settings.mismatch)
+        announce(
+            self.settings,
+            self.draft_source.describe(),
+            self.num_spec_tokens,
+            self.model_config.dtype,
+            self.attention_name,
+            "V1",
+        )
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(*args, **kwargs)  # it may make the batch anew
         thinking_budgets.mend(self)
-
-    def _banner(self) -> str:
-        dtype = str(self.model_config.dtype).removeprefix("torch.")
-        return (
-            f"hidden_transfer is on: {self.draft_source.describe()}, trees of up to {self.num_spec_tokens} nodes, "
-            f"{dtype}, {self.attention_name}, V1 runner"
-        )
 
     # What a device adapter gives.
 
@@ -142,8 +127,7 @@ class TreeRunner(GPUModelRunner):
     def make_draft_source(self) -> DraftSource:
         if self.settings.draft_source is None:
             return self.make_transfer_source()
-        module, _, name = self.settings.draft_source.partition(":")
-        return cast(DraftSource, getattr(importlib.import_module(module), name)(self))
+        return cast(DraftSource, self.settings.source_class()(self))
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
         layer = self.draft_source.transfer_layer

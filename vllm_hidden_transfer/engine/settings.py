@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,6 +29,12 @@ class Settings(BaseModel):
         description="module:Class of another DraftSource, made with the runner, in place of the "
         "checkpoint's: for tests and measurements",
     )
+
+    def source_class(self) -> Any:
+        """The class that ``draft_source`` names."""
+        assert self.draft_source is not None
+        module, _, name = self.draft_source.partition(":")
+        return getattr(importlib.import_module(module), name)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Settings:

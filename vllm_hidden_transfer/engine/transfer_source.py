@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two-pass hidden-transfer drafting inside the engine.
-
-After verification, k pseudo hidden states a request enter the target's own layers t..L-1 as one more pass over the
-same KV cache; the target's norm and LM head read a draft distribution off each (arXiv 2404.12022, section 3, with the
-sampled token known, as in our token-conditioned maps).
-"""
+"""Two-pass hidden-transfer drafting under the V1 runner: ``draft_pass`` on its batch and block table."""
 
 from __future__ import annotations
 
@@ -13,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 
 from vllm_hidden_transfer.drafting.distributions import top_candidates
 from vllm_hidden_transfer.drafting.source import DraftBatch
-from vllm_hidden_transfer.transfer import load_checkpoint
+from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
+from vllm_hidden_transfer.engine.draft_pass import DraftPass
 from vllm_hidden_transfer.tree import TokenTree, most_probable_paths
 
 if TYPE_CHECKING:
@@ -37,9 +32,8 @@ class TransferSource:
 
     def __init__(self, runner: TreeCPUModelRunner, checkpoint: str) -> None:
         self._runner = runner
-        self.config, maps = load_checkpoint(checkpoint)
-        dtype = runner.model_config.dtype
-        self.maps = maps.to(device=runner.device, dtype=dtype).eval().requires_grad_(False)
+        self._pass = DraftPass(checkpoint, runner.vllm_config, runner.device)
+        self.config = self._pass.config
         self.transfer_layer: int | None = self.config.transfer_layer
         self._temperatures = list(self.config.calibration.temperatures)
         self._slots = np.zeros((0, 0), dtype=np.int64)
@@ -47,10 +41,7 @@ class TransferSource:
         """Draft rows so far whose logits were NaN or infinite."""
 
     def describe(self) -> str:
-        """Mode, k and t."""
-        form = {"token": "token-conditioned", "none": "published"}[self.config.conditioning]
-        steps, layers = self.config.num_transfer_steps, self.config.target.num_hidden_layers
-        return f"two-pass drafts, {form} maps, k = {steps}, t = {self.transfer_layer} of {layers}"
+        return self._pass.describe()
 
     @torch.inference_mode()
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
@@ -66,44 +57,27 @@ class TransferSource:
         unusable = int(rows.sum())
         if not unusable:
             return
-        self._runner.clear(self._slots[rows])
+        self._runner.clear(torch.from_numpy(self._slots[rows]))
         if not self.unusable_rows:
-            logger.warning(
-                "hidden_transfer: the draft pass gave NaN or infinite logits; those drafts are dropped and the "
-                "output stays exact, but expect fewer accepted drafts. This is said once."
-            )
+            logger.warning(UNUSABLE_DRAFTS)
         self.unusable_rows += unusable
 
     def draft_logits(self, batch: DraftBatch) -> torch.Tensor:
         """The draft pass: logits [requests, k, vocabulary] for the depths 1..k of every request's tree."""
         assert batch.hidden is not None
-        model = self._model()
-        steps = self.config.num_transfer_steps
+        runner, steps = self._runner, self._pass.steps
         sampled = torch.tensor([int(tokens[-1]) for tokens in batch.token_ids])
-        self._runner.map_adapters(batch.batch_rows, 1)
-        embedding = model.embed_tokens(sampled.to(batch.hidden.device))
-        pseudo = self.maps(batch.hidden, embedding)
+        runner.map_adapters(batch.batch_rows, 1)
+        pseudo = self._pass.pseudo_states(
+            runner.model, batch.hidden, sampled.to(batch.hidden.device)
+        )
         # Row 1 stands where the sampled token will.
         firsts = np.array([len(tokens) - 1 for tokens in batch.token_ids])
         positions = firsts[:, None] + np.arange(steps)
-        metadata, slots = self._attention(batch, firsts, steps)
-        last = self._runner.max_model_len - 1
-        rope = torch.from_numpy(positions.clip(max=last).ravel())
-        self._runner.map_adapters(batch.batch_rows, steps)
-        hidden: torch.Tensor = pseudo.flatten(0, 1)
-        residual: torch.Tensor | None = None
-        with set_forward_context(
-            metadata, self._runner.vllm_config, num_tokens=len(hidden), slot_mapping=slots
-        ):
-            for layer in model.layers[self.transfer_layer :]:
-                hidden, residual = layer(rope, hidden, residual)
-        hidden, _ = model.norm(hidden, residual)
-        logits = self._runner.model.compute_logits(hidden)
-        return logits.unflatten(0, (len(firsts), steps))
-
-    def _model(self) -> Any:
-        """The decoder stack inside vLLM's ``...ForCausalLM``."""
-        return self._runner.model.model
+        attention = self._attention(batch, firsts, steps)
+        rope = torch.from_numpy(positions.clip(max=runner.max_model_len - 1).ravel())
+        runner.map_adapters(batch.batch_rows, steps)
+        return self._pass.logits(runner.model, pseudo, rope, attention)
 
     def _attention(
         self, batch: DraftBatch, firsts: np.ndarray, steps: int

@@ -8,13 +8,16 @@ from vllm_hidden_transfer.tree.layout import (
     lay_out_paths,
     scratch_blocks_of_run,
 )
+from vllm_hidden_transfer.tree.tensors import TensorWalk, TreeTensors
 from vllm_hidden_transfer.tree.token_tree import ROOT, TokenTree
 from vllm_hidden_transfer.tree.walk import VerificationWalk
 
 __all__ = [
     "ROOT",
     "PathLayout",
+    "TensorWalk",
     "TokenTree",
+    "TreeTensors",
     "VerificationWalk",
     "fit_to_scratch",
     "lay_out_paths",

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Under V2 the output is that of V2 without speculation, greedy and sampled with a seed, with planted trees.
+
+The functions named ``compare_...`` run in a process of their own and return what differed and how much was accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.v2 import VOCABULARY
+from tests.support.engines import (
+    PLANTED,
+    Texts,
+    acceptance_length,
+    counters_of,
+    differences,
+    engine,
+    generate,
+    planted_options,
+    random_prompts,
+)
+from tests.support.under_v2 import under_v2
+from vllm_hidden_transfer.evaluation import planted
+
+pytestmark = pytest.mark.engine
+
+CHUNKED: dict[str, Any] = {
+    "max_num_batched_tokens": 48,
+    "enable_prefix_caching": True,
+    "max_num_seqs": 4,
+}
+BOTH_SCHEDULERS = pytest.mark.parametrize(
+    "asynchronous",
+    [
+        pytest.param(True, id="async"),
+        pytest.param(False, id="sync", marks=pytest.mark.matrix),
+    ],
+)
+FEWER = "vllm_hidden_transfer.evaluation.planted:FewerNodesSource"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One comparison."""
+
+    different: list[tuple[int, int]]
+    acceptance_length: float
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+    preemptions: int = 0
+    prefix_hits: int = 0
+
+    @classmethod
+    def between(cls, llm: Any, reference: Texts, answer: Any) -> Found:
+        """Compare what ``answer()`` generates, with the counters of that time."""
+        before, others_before = counters_of(llm), _counters(llm)
+        texts = answer()
+        counters, others = counters_of(llm) - before, _counters(llm)
+        return cls(
+            differences(reference, texts),
+            acceptance_length(texts, counters),
+            counters.drafts,
+            counters.draft_tokens,
+            counters.accepted_tokens,
+            others["vllm:num_preemptions"] - others_before["vllm:num_preemptions"],
+            others["vllm:prefix_cache_hits"] - others_before["vllm:prefix_cache_hits"],
+        )
+
+
+def _counters(llm: Any) -> dict[str, int]:
+    names = ("vllm:num_preemptions", "vllm:prefix_cache_hits")
+    return {m.name: int(m.value) for m in llm.get_metrics() if m.name in names}
+
+
+@contextmanager
+def planted_engine(target: Path, nodes: int, **options: Any) -> Iterator[Any]:
+    source = options.pop("source", PLANTED)
+    with engine(target, **options, **planted_options(nodes, source)) as llm:
+        if "tensor_parallel_size" not in options:
+            worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+            assert type(worker.model_runner).__name__ == "TreeCPUModelRunnerV2"
+        yield llm
+
+
+def compare_greedy(
+    target: Path, answers: Path, dtype: str, asynchronous: bool, count: int, tokens: int
+) -> list[Found]:
+    """8 and 16 nodes, chunked prompts, a prefix cache, more prompts than slots; then fewer nodes than the budget."""
+    options = {"dtype": dtype, "async_scheduling": asynchronous, **CHUNKED}
+    prompts = random_prompts(count, vocabulary=VOCABULARY, longest=70)
+    with engine(target, **options) as llm:
+        reference = generate(llm, prompts, max_tokens=tokens)
+    reference.plant(answers, VOCABULARY)
+    found = []
+    with planted_engine(target, 16, **options) as llm:
+        for nodes in (16, 8):
+            planted.PlantedSource.limit = nodes
+            found.append(
+                Found.between(llm, reference, lambda: generate(llm, prompts, max_tokens=tokens))
+            )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asynchronous"),
+    [
+        pytest.param("float32", True, id="float32-async"),
+        pytest.param("bfloat16", False, id="bfloat16-sync"),
+        pytest.param("float32", False, id="float32-sync", marks=pytest.mark.matrix),
+        pytest.param("bfloat16", True, id="bfloat16-async", marks=pytest.mark.matrix),
+    ],
+)
+def test_greedy(dtype: str, asynchronous: bool, tiny_target: Path, tmp_path: Path) -> None:
+    found = under_v2(
+        compare_greedy,
+        *(tiny_target, tmp_path / "answers.json", dtype, asynchronous, 8, 64),
+        async_scheduling=asynchronous,
+    )
+    for one in found:
+        assert one.different == []
+        assert one.acceptance_length >= 2
+        assert one.draft_tokens < 16 * one.drafts, "the scheduler cut no tree"
+    assert found[1].prefix_hits > 0
+
+
+PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+ROWS: dict[str, dict[str, Any]] = {
+    "cool": {"temperature": 0.7, "top_p": 0.9},
+    "hot": {"temperature": 1.0, "top_p": 0.9, "top_k": 50},
+    "penalties": {"temperature": 0.7, **PENALTIES},
+    "shaped": {
+        "temperature": 0.8,
+        "min_p": 0.05,
+        "logit_bias": {5: 2.0, 9: -3.0},
+        "min_tokens": 12,
+        "stop_token_ids": list(range(3, 64)),
+    },
+    "logprobs": {"temperature": 0.7, "logprobs": 3},
+}
+
+
+def sampled(llm: Any, prompts: list[list[int]], row: str, alone: bool) -> tuple[Texts, list[Any]]:
+    """Texts of a row, every prompt with a seed of its own, and the logprobs of their tokens."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            seed=100 + index, max_tokens=20, ignore_eos=True, detokenize=False, **ROWS[row]
+        )
+        for index in range(len(prompts))
+    ]
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    pairs = list(zip(requests, params, strict=True))
+    groups = [[pair] for pair in pairs] if alone else [pairs]
+    answers = [
+        answer.outputs[0]
+        for group in groups
+        for answer in llm.generate([r for r, _ in group], [p for _, p in group], use_tqdm=False)
+    ]
+    logprobs = [
+        [sorted((token, value.logprob, value.rank) for token, value in place.items())]
+        for answer in answers
+        for place in answer.logprobs or ()
+    ]
+    return Texts(prompts, [list(answer.token_ids) for answer in answers]), logprobs
+
+
+def compare_sampled(target: Path, answers: Path, asynchronous: bool) -> dict[str, Found]:
+    """All rows, in a batch and (the first) alone; the logprobs of a path must be those of no speculation."""
+    options = {"async_scheduling": asynchronous, **CHUNKED}
+    prompts = random_prompts(4, vocabulary=VOCABULARY, longest=40)
+    with engine(target, **options) as llm:
+        references = {row: sampled(llm, prompts, row, False) for row in ROWS}
+    references["cool"][0].plant(answers, VOCABULARY)  # an engine wants the file at its start
+    found = {}
+    with planted_engine(target, 12, **options) as llm:
+        for row, (reference, logprobs) in references.items():
+            reference.plant(answers, VOCABULARY)
+            seen: list[Any] = []
+
+            def answer(row: str = row, seen: list[Any] = seen, alone: bool = False) -> Texts:
+                texts, values = sampled(llm, prompts, row, alone)
+                seen[:] = values
+                return texts
+
+            found[row] = Found.between(llm, reference, answer)
+            assert seen == logprobs, row
+            if row == "cool":
+                found["alone"] = Found.between(llm, reference, lambda a=answer: a(alone=True))
+    return found
+
+
+@BOTH_SCHEDULERS
+def test_a_seed_gives_the_text_of_no_speculation(
+    asynchronous: bool, tiny_target: Path, tmp_path: Path
+) -> None:
+    found = under_v2(
+        compare_sampled,
+        *(tiny_target, tmp_path / "answers.json", asynchronous),
+        async_scheduling=asynchronous,
+    )
+    assert set(found) == {*ROWS, "alone"}
+    for row, one in found.items():
+        assert one.different == [], row
+        assert one.acceptance_length >= (1.5 if row == "shaped" else 2), row
+
+
+def compare_crowded(target: Path, answers: Path, asynchronous: bool) -> list[Found]:
+    """A cache too small for its requests; then trees of any number of nodes in slots used over and over."""
+    options = {
+        "async_scheduling": asynchronous,
+        **CHUNKED,
+        "num_gpu_blocks_override": 11,
+        "max_model_len": 128,
+    }
+    prompts = random_prompts(8, vocabulary=VOCABULARY, lengths=[20, 33, 8, 40, 15, 28, 36, 11])
+    with engine(target, **options) as llm:
+        reference = generate(llm, prompts, max_tokens=80)
+    reference.plant(answers, VOCABULARY)
+    with planted_engine(target, 8, source=FEWER, **options) as llm:
+        return [
+            Found.between(llm, reference, lambda: generate(llm, prompts, max_tokens=80))
+            for _ in range(2)
+        ]
+
+
+@BOTH_SCHEDULERS
+def test_preemption_and_slots_used_again(
+    asynchronous: bool, tiny_target: Path, tmp_path: Path
+) -> None:
+    found = under_v2(
+        compare_crowded,
+        *(tiny_target, tmp_path / "answers.json", asynchronous),
+        async_scheduling=asynchronous,
+    )
+    for one in found:
+        assert one.different == []
+        assert one.acceptance_length >= 1.5
+    assert sum(one.preemptions for one in found) >= 10
+
+
+def compare_tensor_parallel(target: Path, answers: Path) -> list[Found]:
+    """Two ranks, which must draw the same numbers and walk alike."""
+    options = {**CHUNKED, "tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    prompts = random_prompts(3, vocabulary=VOCABULARY, longest=40)
+    found = []
+    with engine(target, **options) as llm:
+        greedy = generate(llm, prompts, max_tokens=16)
+        cool, _ = sampled(llm, prompts, "cool", False)
+    Texts([*prompts, *prompts], [*greedy.outputs, *cool.outputs]).plant(answers, VOCABULARY)
+    with planted_engine(target, 8, **options) as llm:
+        found.append(Found.between(llm, greedy, lambda: generate(llm, prompts, max_tokens=16)))
+        found.append(Found.between(llm, cool, lambda: sampled(llm, prompts, "cool", False)[0]))
+    return found
+
+
+@pytest.mark.matrix
+def test_tensor_parallel(tiny_target: Path, tmp_path: Path) -> None:
+    found = under_v2(
+        compare_tensor_parallel,
+        *(tiny_target, tmp_path / "answers.json"),
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    for one in found:
+        assert one.different == []
+        assert one.accepted_tokens > 0

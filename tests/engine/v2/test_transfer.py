@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden-transfer drafting under V2: the drafts of V1, no waiting for the device, and exact answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.v2 import VOCABULARY
+from tests.support.checkpoints import random_checkpoint
+from tests.support.engines import Texts, counters_of, differences, engine, generate, random_prompts
+from tests.support.host_syncs import HostSyncs
+from tests.support.under_v2 import under_v2
+from vllm_hidden_transfer.drafting.distributions import top_candidates
+from vllm_hidden_transfer.tree import TokenTree
+
+pytestmark = pytest.mark.engine
+
+Key = tuple[int, ...]
+Paths = set[tuple[int, ...]]
+
+
+@dataclass
+class Drafts:
+    """What an engine drafted after each sequence of tokens."""
+
+    texts: Texts | None = None
+    logits: dict[Key, np.ndarray] = field(default_factory=dict)
+    """float32 [k, vocabulary]."""
+    paths: dict[Key, Paths] = field(default_factory=dict)
+    """Token paths of the live nodes."""
+    accepted: int = 0
+    syncs: list[str] = field(default_factory=list)
+    calls: int = 0
+
+
+def paths_of(tokens: np.ndarray, parents: np.ndarray) -> Paths:
+    tree = TokenTree(tokens, parents)
+    return {tuple(tree.tokens[tree.path(node)].tolist()) for node in range(len(tree))}
+
+
+def run(target: Path, checkpoint: Path, drafts: Drafts, **options: Any) -> Drafts:
+    prompts = random_prompts(4, vocabulary=VOCABULARY, longest=60)
+    speculative = {"method": "hidden_transfer", "model": str(checkpoint)}
+    chunked = {"max_num_batched_tokens": 48, "max_num_seqs": 4}
+    with engine(target, speculative_config=speculative, **chunked, **options) as llm:
+        drafts.texts = generate(llm, prompts, max_tokens=20)
+        drafts.accepted = counters_of(llm).accepted_tokens
+    return drafts
+
+
+def drafts_of_v1(target: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Drafts:
+    from vllm_hidden_transfer.engine.transfer_source import TransferSource
+
+    drafts = Drafts()
+    draft_logits, propose = TransferSource.draft_logits, TransferSource.propose
+
+    def recording_logits(self: TransferSource, batch: Any) -> torch.Tensor:
+        logits = draft_logits(self, batch)
+        for tokens, one in zip(batch.token_ids, logits, strict=True):
+            drafts.logits[tuple(tokens.tolist())] = one.float().numpy().copy()
+        return logits
+
+    def recording_trees(self: TransferSource, batch: Any) -> list[TokenTree]:
+        trees = propose(self, batch)
+        for tokens, tree in zip(batch.token_ids, trees, strict=True):
+            drafts.paths[tuple(tokens.tolist())] = paths_of(tree.tokens, tree.parents)
+        return trees
+
+    monkeypatch.setattr(TransferSource, "draft_logits", recording_logits)
+    monkeypatch.setattr(TransferSource, "propose", recording_trees)
+    return run(target, checkpoint, drafts)
+
+
+def drafts_of_v2(target: Path, checkpoint: Path, asynchronous: bool) -> Drafts:
+    """In a process under V2: records, and counts waiting calls of the runner's steps."""
+    from vllm_hidden_transfer.engine.v2.cpu import TreeCPUModelRunnerV2
+    from vllm_hidden_transfer.engine.v2.transfer_source import TransferSourceV2
+
+    drafts, syncs = Drafts(), HostSyncs()
+    draft_logits, propose = TransferSourceV2.draft_logits, TransferSourceV2.propose_tensors
+
+    def keys(self: Any, batch: Any) -> list[tuple[int, Key]]:
+        states = self._runner.req_states
+        lengths = states.total_len.gpu[batch.slots]
+        known = states.all_token_ids.gpu[batch.slots]
+        return [
+            (row, tuple(known[row, : int(lengths[row])].tolist()))
+            for row, count in enumerate(batch.num_sampled.tolist())
+            if count
+        ]
+
+    def recording_logits(self: Any, batch: Any) -> torch.Tensor:
+        logits = draft_logits(self, batch)
+        for row, key in keys(self, batch):
+            drafts.logits[key] = logits[row].float().numpy().copy()
+        return logits
+
+    def recording_trees(self: Any, batch: Any) -> Any:
+        trees = propose(self, batch)
+        for row, key in keys(self, batch):
+            count = int(trees.alive[row].sum())
+            drafts.paths[key] = paths_of(
+                trees.tokens[row, :count].numpy(), trees.parents[row, :count].numpy()
+            )
+        return trees
+
+    def counted(method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with syncs:
+                return method(*args, **kwargs)
+
+        return call
+
+    TransferSourceV2.draft_logits = recording_logits  # type: ignore[method-assign]
+    TransferSourceV2.propose_tensors = recording_trees  # type: ignore[method-assign]
+    for name in ("execute_model", "sample_tokens"):
+        stock = getattr(TreeCPUModelRunnerV2, name)
+        setattr(TreeCPUModelRunnerV2, name, counted(stock))
+    run(target, checkpoint, drafts, async_scheduling=asynchronous)
+    drafts.syncs, drafts.calls = syncs.found, syncs.seen
+    return drafts
+
+
+def test_drafts_are_those_of_v1(
+    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = random_checkpoint(tmp_path / "maps", tiny_target, layer=1)
+    one = drafts_of_v1(tiny_target, checkpoint, monkeypatch)
+    two = under_v2(drafts_of_v2, tiny_target, checkpoint, True, async_scheduling=True)
+    assert one.texts is not None
+    assert two.texts is not None
+    assert differences(one.texts, two.texts) == []
+    shared = one.logits.keys() & two.logits.keys()
+    assert len(shared) > 40
+    worst = max(float(np.abs(one.logits[key] - two.logits[key]).max()) for key in shared)
+    print(f"{len(shared)} draft passes compared, largest difference of logits {worst:.1e}")
+    assert worst < 1e-4
+    for key in shared:
+        assert_same_nodes(one.paths[key], two.paths[key], one.logits[key])
+    assert two.syncs == []
+    assert two.calls > 1000
+
+
+def assert_same_nodes(one: Paths, two: Paths, logits: np.ndarray) -> None:
+    """The same live nodes; those that differ are ties, and are listed."""
+    scores = torch.from_numpy(logits).log_softmax(-1)
+    different = [
+        (path, float(sum(scores[depth, token] for depth, token in enumerate(path))))
+        for path in one ^ two
+    ]
+    if different:
+        print("ties:", different)
+        values = [score for _, score in different]
+        assert max(values) - min(values) < 1e-3
+
+
+def test_waiting_calls_are_counted() -> None:
+    """The counter sees what the host builder of V1 does."""
+    with HostSyncs() as syncs:
+        top_candidates(torch.randn(1, 2, 8), [1.0, 1.0], 3)
+    assert [one.split()[1] for one in syncs.found] == ["cpu", "numpy", "cpu", "numpy"]

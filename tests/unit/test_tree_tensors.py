@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensor twins of token trees say what the host's trees say."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.test_tree import trees as host_trees
+from vllm_hidden_transfer.tree import (
+    ROOT,
+    TokenTree,
+    TreeTensors,
+    VerificationWalk,
+    most_probable_paths,
+    tensors,
+)
+
+CPU = torch.device("cpu")
+
+
+def of(trees: list[TokenTree], budget: int) -> TreeTensors:
+    return TreeTensors.of(trees, budget, CPU)
+
+
+def paths(tree: TokenTree) -> set[tuple[int, ...]]:
+    return {tuple(tree.tokens[tree.path(node)].tolist()) for node in range(len(tree))}
+
+
+def live_paths(trees: TreeTensors, request: int) -> set[tuple[int, ...]]:
+    count = int(trees.alive[request].sum())
+    assert trees.alive[request, :count].all(), "dead nodes come last"
+    tokens, parents = trees.tokens[request, :count], trees.parents[request, :count]
+    return paths(TokenTree(tokens.numpy(), parents.numpy()))
+
+
+@given(st.lists(host_trees(), min_size=1, max_size=3))
+def test_ancestors_and_depths(trees: list[TokenTree]) -> None:
+    batch = of(trees, 25)
+    reach, depth = tensors.ancestors(batch.parents), tensors.depths(batch.parents)
+    for row, tree in enumerate(trees):
+        size = len(tree)
+        assert reach[row, :size, :size].tolist() == tree.mask()[1:, 1:].tolist()
+        assert depth[row, : size + 1].tolist() == tree.positions(0).tolist()
+        padded = TokenTree(np.zeros(25), batch.parents[row].numpy())
+        assert depth[row].tolist() == padded.positions(0).tolist()
+
+
+@given(
+    st.lists(host_trees(), min_size=1, max_size=3),
+    st.lists(st.integers(0, 5), min_size=75, max_size=75),
+)
+def test_walk(trees: list[TokenTree], drawn: list[int]) -> None:
+    batch = of(trees, 24)
+    sampled = torch.tensor(drawn).view(3, 25)[: len(trees)]
+    found = tensors.walk(batch, sampled)
+    walk = VerificationWalk(trees)
+    while walk.active:
+        walk.advance([int(sampled[row, walk.nodes[row] + 1]) for row in walk.active])
+    for row, tree in enumerate(trees):
+        accepted = int(found.num_accepted[row])
+        assert found.tokens[row, : accepted + 1].tolist() == walk.tokens[row]
+        path = [0, *(tree.path(walk.nodes[row]) + 1).tolist()] if walk.nodes[row] != ROOT else [0]
+        assert found.rows[row].tolist() == path + [0] * (25 - len(path))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 4), st.integers(1, 6))
+def test_most_probable_is_the_host_builder(
+    seed: int, budget: int, num_depths: int, width: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    tokens = np.stack([rng.permutation(9)[:width] for _ in range(2 * num_depths)])
+    tokens = tokens.reshape(2, num_depths, width)
+    # Few different values, so that there are ties; some candidates are unusable.
+    scores = -np.sort(rng.integers(1, 5, tokens.shape) / 4, axis=-1)
+    scores[rng.random(tokens.shape) < 0.1] = rng.choice([np.nan, -np.inf])
+    expected = most_probable_paths(tokens, scores, budget)
+    found = tensors.most_probable(torch.from_numpy(tokens), torch.from_numpy(scores), budget)
+    assert found.parents.shape == (2, budget)
+    assert bool((found.parents < torch.arange(budget)).all())
+    for row, tree in enumerate(expected):
+        assert live_paths(found, row) == paths(tree)

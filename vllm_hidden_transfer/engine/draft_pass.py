@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft pass of two-pass hidden transfer, as both model runners run it.
+
+After verification, k pseudo hidden states a request enter the target's own layers t..L-1 as one more pass over the
+same KV cache; the target's norm and LM head read a draft distribution off each (arXiv 2404.12022, section 3, with the
+sampled token known, as in our token-conditioned maps). Where their rows attend and where their keys and values lie is
+the runner's to say.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.forward_context import set_forward_context
+
+from vllm_hidden_transfer.transfer import load_checkpoint
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class DraftPass:
+    """The maps of a transfer checkpoint in front of a target's upper layers."""
+
+    def __init__(self, checkpoint: str, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.config, maps = load_checkpoint(checkpoint)
+        dtype = vllm_config.model_config.dtype
+        self.maps = maps.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self._vllm_config = vllm_config
+
+    @property
+    def steps(self) -> int:
+        """Transfer steps k, the pseudo rows of a request."""
+        return self.config.num_transfer_steps
+
+    def describe(self) -> str:
+        """Mode, k and t."""
+        form = {"token": "token-conditioned", "none": "published"}[self.config.conditioning]
+        layers = self.config.target.num_hidden_layers
+        return f"two-pass drafts, {form} maps, k = {self.steps}, t = {self.config.transfer_layer} of {layers}"
+
+    def pseudo_states(
+        self, model: Any, hidden: torch.Tensor, sampled: torch.Tensor
+    ) -> torch.Tensor:
+        """Pseudo hidden states [b, k, d].
+
+        Args:
+            model: vLLM's ``...ForCausalLM``.
+            hidden: [b, d], what entered layer t at the token before the root.
+            sampled: int64 [b], the root's token.
+        """
+        return self.maps(hidden, model.model.embed_tokens(sampled))
+
+    def logits(
+        self,
+        model: Any,
+        pseudo: torch.Tensor,
+        positions: torch.Tensor,
+        attention: tuple[dict[str, Any], dict[str, torch.Tensor]],
+    ) -> torch.Tensor:
+        """Draft logits [b, k, vocabulary] of the depths 1..k.
+
+        Args:
+            model: vLLM's ``...ForCausalLM``.
+            pseudo: [b, k, d].
+            positions: int64 [b * k], where the rows stand for RoPE.
+            attention: metadata and slots of the rows, by layer name.
+        """
+        hidden: torch.Tensor = pseudo.flatten(0, 1)
+        residual: torch.Tensor | None = None
+        metadata, slots = attention
+        with set_forward_context(
+            metadata, self._vllm_config, num_tokens=len(hidden), slot_mapping=slots
+        ):
+            for layer in model.model.layers[self.config.transfer_layer :]:
+                hidden, residual = layer(positions, hidden, residual)
+        hidden, _ = model.model.norm(hidden, residual)
+        logits: torch.Tensor = model.compute_logits(hidden)
+        return logits.unflatten(0, pseudo.shape[:2])

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts under the V2 runner: the speculator that it calls, and the sources behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
+
+from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
+from vllm_hidden_transfer.tree import TokenTree, TreeTensors
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from vllm_hidden_transfer.engine.v2.runner import TreeRunnerV2
+
+
+@dataclass(frozen=True)
+class SlotBatch:
+    """The requests of a step, right after it was verified; some are in the middle of their prompts. b requests."""
+
+    slots: torch.Tensor
+    """int64 [b]: request slots."""
+    sampled: torch.Tensor
+    """int64 [b]: the token just sampled, the root of the tree to come; anything within a prompt."""
+    roots: torch.Tensor
+    """int64 [b]: its position."""
+    num_sampled: torch.Tensor
+    """int32 [b]: tokens that the step gave; 0 within a prompt."""
+    hidden: torch.Tensor | None
+    """[b, hidden_size]: the hidden state that entered the transfer layer at the token before the root."""
+    request_ids: list[str]
+    budget: int
+    """Nodes of every tree, dead ones included."""
+
+
+class DeviceDraftSource(Protocol):
+    """Proposes one token tree for each request of a batch, without waiting for the device."""
+
+    transfer_layer: int | None
+    """The layer whose incoming hidden state the source needs, None where it needs none."""
+
+    def propose_tensors(self, batch: SlotBatch) -> TreeTensors:
+        """One tree of ``batch.budget`` nodes for each request."""
+        ...
+
+    def describe(self) -> str:
+        """A few words for the banner at start."""
+        ...
+
+
+class HostDrafts:
+    """A source that builds its trees on the host: for tests and measurements, because it waits for the device."""
+
+    def __init__(self, source: DraftSource, runner: TreeRunnerV2) -> None:
+        assert source.transfer_layer is None
+        self.transfer_layer: int | None = None
+        self._source = source
+        self._runner = runner
+        self.describe = source.describe
+
+    def propose_tensors(self, batch: SlotBatch) -> TreeTensors:
+        states = self._runner.req_states
+        known = states.all_token_ids.gpu[batch.slots].cpu().numpy()
+        lengths = states.total_len.gpu[batch.slots].tolist()
+        requests = [row for row, count in enumerate(batch.num_sampled.tolist()) if count]
+        trees = [TokenTree.chain([])] * len(lengths)
+        if requests:
+            host_batch = DraftBatch(
+                request_ids=[batch.request_ids[row] for row in requests],
+                batch_rows=np.array(requests),
+                token_ids=[known[row, : lengths[row]] for row in requests],
+                hidden=None,
+                budget=batch.budget,
+            )
+            for row, tree in zip(requests, self._source.propose(host_batch), strict=True):
+                trees[row] = tree
+        return TreeTensors.of(trees, batch.budget, batch.slots.device)
+
+
+class TreeSpeculator(BaseSpeculator):
+    """What the V2 runner calls after verification: hands the batch to the draft source and keeps the trees."""
+
+    supports_mm_inputs = False
+    draft_logits: torch.Tensor | None = None
+
+    def __init__(self, runner: TreeRunnerV2) -> None:
+        self._runner = runner
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Nothing is captured: a draft pass runs eagerly."""
+
+    def capture(self) -> None:
+        """Nothing to capture."""
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        *_: Any,
+        dummy_run: bool = False,
+        **__: Any,
+    ) -> torch.Tensor:
+        """Draft tokens int64 [b, K]; stock writes them into the slots, we their parents."""
+        runner, slots = self._runner, input_batch.idx_mapping
+        budget = runner.num_speculative_steps
+        if dummy_run:
+            return slots.new_zeros(len(slots), budget)
+        states = runner.req_states
+        hidden = None
+        if aux_hidden_states is not None:
+            hidden = aux_hidden_states[0][runner.last_rows]
+        trees = runner.draft_source.propose_tensors(
+            SlotBatch(
+                slots=slots,
+                sampled=last_sampled[slots, 0],
+                roots=states.num_computed_tokens.gpu[slots].long(),
+                num_sampled=num_sampled,
+                hidden=hidden,
+                request_ids=input_batch.req_ids,
+                budget=budget,
+            )
+        )
+        runner.slots.put(slots, trees)
+        return trees.tokens

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-pass hidden-transfer drafting under the V2 runner: ``draft_pass`` on its slots, all of it tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_hidden_transfer.drafting.distributions import candidates
+from vllm_hidden_transfer.engine.draft_pass import DraftPass
+from vllm_hidden_transfer.engine.v2.drafting import SlotBatch
+from vllm_hidden_transfer.tree import TreeTensors, tensors
+
+if TYPE_CHECKING:
+    from vllm_hidden_transfer.engine.v2.runner import TreeRunnerV2
+
+
+class TransferSourceV2:
+    """Drafts with the maps of a transfer checkpoint, for every request of a step.
+
+    Pseudo rows stand at the positions of the tokens to come, as under V1. A request in the middle of its prompt
+    drafts too, because who does is known on the device only; vLLM's scheduler does not use those drafts.
+    """
+
+    def __init__(self, runner: TreeRunnerV2, checkpoint: str) -> None:
+        self._runner = runner
+        self._pass = DraftPass(checkpoint, runner.vllm_config, runner.device)
+        config = self._pass.config
+        self.transfer_layer: int | None = config.transfer_layer
+        self._temperatures = torch.tensor(
+            config.calibration.temperatures, dtype=torch.float32, device=runner.device
+        )
+
+    def describe(self) -> str:
+        return self._pass.describe()
+
+    def propose_tensors(self, batch: SlotBatch) -> TreeTensors:
+        logits = self.draft_logits(batch)
+        tokens, log_probabilities = candidates(logits, self._temperatures, batch.budget)
+        self._runner.forget_drafts(log_probabilities[:, :, 0].isnan())
+        return tensors.most_probable(tokens, log_probabilities, batch.budget)
+
+    def draft_logits(self, batch: SlotBatch) -> torch.Tensor:
+        """The draft pass: logits [b, k, vocabulary] for the depths 1..k of every request's tree."""
+        assert batch.hidden is not None
+        runner, steps = self._runner, self._pass.steps
+        pseudo = self._pass.pseudo_states(runner.model, batch.hidden, batch.sampled)
+        # Row 1 stands where the sampled token will.
+        positions = batch.roots[:, None] + torch.arange(steps, device=batch.roots.device)
+        attention = runner.draft_attention(batch, positions)
+        rope = positions.clamp(max=runner.max_model_len - 1).flatten()
+        return self._pass.logits(runner.model, pseudo, rope, attention)
