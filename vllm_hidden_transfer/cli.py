@@ -20,7 +20,9 @@ _EXAMPLE = Path("examples/smollm2-135m")
 
 
 def _fail(message: object) -> typer.Exit:
-    Console(stderr=True, highlight=False).print(str(message), style="red", markup=False)
+    Console(stderr=True, highlight=False).print(
+        str(message), style="red", markup=False, soft_wrap=True
+    )
     return typer.Exit(1)
 
 

@@ -24,7 +24,7 @@ from vllm_hidden_transfer.evaluation.planted import GuessingSource
 pytestmark = pytest.mark.engine
 
 PROMPT = [3, 5, 4, 7, 6, 3]
-SAMPLES, LENGTH = 800, 3
+SAMPLES, LENGTH = 400, 3
 SOURCE = "vllm_hidden_transfer.evaluation.planted:GuessingSource"
 
 
@@ -50,5 +50,5 @@ def test_sampled_texts_are_the_targets(tmp_path: Path) -> None:
     assert sum(texts.values()) == SAMPLES
     assert accepted > SAMPLES / 4
     cells, p_value = goodness_of_fit(texts, exact_probabilities(target, PROMPT, LENGTH))
-    assert cells > 20
+    assert cells > 10
     assert p_value > FALSE_ALARM_RATE
