@@ -65,6 +65,13 @@ SETTINGS: tuple[Setting, ...] = (
         {"enable_chunked_prefill": True, "enable_prefix_caching": False},
         matrix=False,
     ),
+    Setting(
+        "bfloat16",
+        "bf16 weights and KV cache",
+        {**CHUNKED, "dtype": "bfloat16"},
+        ("greedy", "penalties", "bad_words", "min_tokens", "stop_ids", "stop", "eos"),
+        note="batched on both sides: stock itself gives other texts one by one",
+    ),
     Setting("compiled", "compiled (vLLM's default)", {**CHUNKED, "enforce_eager": False}),
     Setting(
         "preemption",
