@@ -26,7 +26,7 @@ IDENTITY = "tests/engine/test_identity.py::test_core[float32-eager]"
 PENALISED = "tests/statistics/test_sampling_parameters.py::test_every_parameter[frequency]"
 SEEDED = "tests/engine/test_sampling.py::test_a_seed_gives_the_text_of_no_speculation"
 MIXED = "tests/matrix/test_features.py::test_identical[default-mixed]"
-DRAFTS = "tests/engine/test_draft_pass.py::test_draft_logits_equal_transformers[token]"
+DRAFTS = "tests/engine/test_draft_pass.py::test_drafts_equal_transformers[token-8]"
 CHUNKS = (
     "tests/engine/test_stock_bugs.py::test_a_seeded_prompt_in_chunks_gives_the_text_of_one_piece"
 )

@@ -86,6 +86,10 @@ class TransferConfig(_Section):
         description="token: the maps also see the embedding of the token just sampled; "
         "chained: step i sees that of the token at root + i"
     )
+    bigram_rank: Annotated[int, Field(ge=0, le=4096)] = Field(
+        default=0,
+        description="rank of the bigram re-weighting of one-pass drafts; 0: there is none",
+    )
     calibration: Calibration
     tree: Tree = Tree()
     target: Target
@@ -101,6 +105,11 @@ class TransferConfig(_Section):
             raise ValueError(
                 f"transfer_layer_ids is [{self.transfer_layer}], but the target has layers 0 to "
                 f"{self.target.num_hidden_layers - 1}"
+            )
+        if self.bigram_rank and (self.conditioning == "chained" or self.num_transfer_steps < 2):
+            raise ValueError(
+                f"bigram_rank is {self.bigram_rank}, but only one-pass maps of two steps or more "
+                "have drafts to re-weight"
             )
         given = len(self.calibration.temperatures)
         if given != self.num_transfer_steps:

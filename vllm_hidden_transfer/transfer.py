@@ -41,6 +41,28 @@ class CheckpointError(Exception):
         super().__init__(one_sentence(message))
 
 
+class BigramMaps(nn.Module):
+    """Bigram re-weighting: what a drafted token says about the one drafted after it.
+
+    One-pass drafts of depth i do not know which token is drafted at depth i - 1. Where that is a, the
+    state f_i that the LM head reads moves to f_i + up_i down_i emb(a), i = 2..k, so the logit of b
+    after a changes by the inner product of two vectors of r numbers, one of a and one of b.
+    """
+
+    def __init__(
+        self, num_steps: int, hidden_size: int, rank: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.zeros(num_steps - 1, rank, hidden_size, dtype=dtype))
+        self.up = nn.Parameter(torch.zeros(num_steps - 1, hidden_size, rank, dtype=dtype))
+
+    def forward(self, token_embedding: Tensor) -> Tensor:
+        """What is added to the states [n, k - 1, d] of the depths 2..k, from the embeddings [n, k - 1, d] of the tokens
+        at the depths before."""
+        squeezed = torch.einsum("njd,jrd->njr", token_embedding, self.down)
+        return torch.einsum("njr,jdr->njd", squeezed, self.up)
+
+
 class TransferMaps(nn.Module):
     """Pseudo hidden state of step i = W_i h, or W_i h + U_i emb(x) when conditioned on a token.
 
@@ -52,6 +74,8 @@ class TransferMaps(nn.Module):
     """
 
     token_weight: nn.Parameter | None
+    bigram: BigramMaps | None
+    """Not used by `forward`: it acts on what comes out of the target's layers."""
 
     def __init__(
         self,
@@ -59,6 +83,7 @@ class TransferMaps(nn.Module):
         hidden_size: int,
         conditioning: Conditioning = "token",
         dtype: torch.dtype = torch.float32,
+        bigram_rank: int = 0,
     ) -> None:
         super().__init__()
         self.conditioning: Conditioning = conditioning
@@ -68,11 +93,18 @@ class TransferMaps(nn.Module):
             self.token_weight = nn.Parameter(torch.zeros(shape, dtype=dtype))
         else:
             self.register_parameter("token_weight", None)
+        bigram = BigramMaps(num_steps, hidden_size, bigram_rank, dtype) if bigram_rank else None
+        self.register_module("bigram", bigram)
 
     @property
     def num_steps(self) -> int:
         """Number of transfer steps k."""
         return self.weight.shape[0]
+
+    @property
+    def bigram_rank(self) -> int:
+        """Rank r of the bigram re-weighting; 0 without one."""
+        return 0 if self.bigram is None else self.bigram.down.shape[1]
 
     @property
     def hidden_size(self) -> int:
@@ -160,11 +192,26 @@ def write_atomically(path: Path, data: bytes) -> None:
 def _disagreement(config: TransferConfig, maps: TransferMaps) -> str | None:
     if maps.conditioning != config.conditioning:
         return f"conditioning is {maps.conditioning!r}, config.json says {config.conditioning!r}"
-    expected = (config.num_transfer_steps, config.target.hidden_size, config.target.hidden_size)
-    for name, tensor in maps.named_parameters():
-        if tuple(tensor.shape) != expected:
-            return f"{name} has shape {list(tensor.shape)}, config.json implies {list(expected)}"
+    expected = _shapes(config)
+    found = {name: list(tensor.shape) for name, tensor in maps.named_parameters()}
+    if found.keys() != expected.keys():
+        return f"the maps hold {sorted(found)}, config.json implies {sorted(expected)}"
+    for name, shape in found.items():
+        if shape != expected[name]:
+            return f"{name} has shape {shape}, config.json implies {expected[name]}"
     return None
+
+
+def _shapes(config: TransferConfig) -> dict[str, list[int]]:
+    """Names and shapes of the tensors that config.json implies."""
+    size, steps = config.target.hidden_size, config.num_transfer_steps
+    shapes = {"weight": [steps, size, size]}
+    if config.conditioning != "none":
+        shapes["token_weight"] = [steps, size, size]
+    if config.bigram_rank:
+        shapes["bigram.down"] = [steps - 1, config.bigram_rank, size]
+        shapes["bigram.up"] = [steps - 1, size, config.bigram_rank]
+    return shapes
 
 
 def _read_config(path: Path) -> TransferConfig:
@@ -202,28 +249,26 @@ def _read_maps(path: Path, config: TransferConfig) -> TransferMaps:
         raise CheckpointError(
             f"the transfer checkpoint {path.parent} is incomplete: it has no {path.name}."
         )
-    size, steps = config.target.hidden_size, config.num_transfer_steps
-    names = ["weight"] + (["token_weight"] if config.conditioning != "none" else [])
+    expected = _shapes(config)
     tensors: dict[str, Tensor] = {}
     try:
         with safe_open(str(path), framework="pt") as file:
             found = sorted(file.keys())
-            if found != sorted(names):
+            if found != sorted(expected):
                 raise CheckpointError(
-                    f"{path} holds the tensors {found}, its config.json implies {sorted(names)}."
+                    f"{path} holds the tensors {found}, its config.json implies {sorted(expected)}."
                 )
             # Shapes first: a wrong file is refused before its data is read.
-            for name in names:
+            for name, implied in expected.items():
                 stored = file.get_slice(name)
                 shape, dtype = list(stored.get_shape()), stored.get_dtype()
-                if shape != [steps, size, size]:
+                if shape != implied:
                     raise CheckpointError(
-                        f"{path}: {name} has shape {shape}, "
-                        f"its config.json implies {[steps, size, size]}."
+                        f"{path}: {name} has shape {shape}, its config.json implies {implied}."
                     )
                 if dtype not in _FLOAT_DTYPES:
                     raise CheckpointError(f"{path}: {name} is stored as {dtype}, not as floats.")
-            for name in names:
+            for name in expected:
                 tensors[name] = file.get_tensor(name)
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -235,6 +280,11 @@ def _read_maps(path: Path, config: TransferConfig) -> TransferMaps:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity.")
     with torch.device("meta"):
-        maps = TransferMaps(steps, size, config.conditioning)
+        maps = TransferMaps(
+            config.num_transfer_steps,
+            config.target.hidden_size,
+            config.conditioning,
+            bigram_rank=config.bigram_rank,
+        )
     maps.load_state_dict(tensors, assign=True)
     return maps.requires_grad_(False)

@@ -21,11 +21,13 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
+from vllm_hidden_transfer.drafting.bigram import BigramTables
+from vllm_hidden_transfer.drafting.distributions import top_candidates
 from vllm_hidden_transfer.drafting.source import DraftBatch
 from vllm_hidden_transfer.engine.transfer_source import TransferSource
 from vllm_hidden_transfer.evaluation.planted import PlantedSource
 from vllm_hidden_transfer.transfer import load_checkpoint
-from vllm_hidden_transfer.tree import TokenTree
+from vllm_hidden_transfer.tree import TokenTree, most_probable_paths
 
 if TYPE_CHECKING:
     from vllm_hidden_transfer.engine.cpu import TreeCPUModelRunner
@@ -65,14 +67,60 @@ def reference_draft_logits(model: Any, checkpoint: Path, tokens: np.ndarray) -> 
     return model.lm_head(decoder.norm(rows[:, -config.num_transfer_steps :]))[0]
 
 
-@pytest.mark.parametrize("conditioning", ["token", "none"])
-@torch.inference_mode()
-def test_draft_logits_equal_transformers(
-    conditioning: Any, random_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def probability(tree: TokenTree, tokens: np.ndarray, scores: np.ndarray) -> float:
+    """What a tree's paths are worth together under candidates [k, width] and their log-probabilities after each
+    candidate of the depth before [k, width or 1, width]."""
+    total = 0.0
+    for node in range(len(tree)):
+        score, before = 0.0, 0
+        for depth, token in enumerate(tree.tokens[tree.path(node)].tolist()):
+            place = tokens[depth].tolist().index(token)
+            score += float(scores[depth, before if scores.shape[1] > 1 else 0, place])
+            before = place
+        total += float(np.exp(score))
+    return total
+
+
+def assert_best_trees(
+    model: Any, checkpoint: Path, drafted: list[tuple[np.ndarray, TokenTree]], budget: int
 ) -> None:
-    checkpoint = random_checkpoint(tmp_path / "maps", random_target, conditioning=conditioning)
+    """No tree of so many nodes is more probable under transformers' own drafts."""
+    config, maps = load_checkpoint(checkpoint)
+    bigram = None
+    if maps.bigram is not None:
+        head = torch.nn.Embedding.from_pretrained(model.lm_head.weight)
+        bigram = BigramTables.of(
+            maps.bigram, config.target.vocab_size, model.model.embed_tokens, head
+        )
+    for known, tree in drafted:
+        logits = reference_draft_logits(model, checkpoint, known)[None]
+        tokens, scores = top_candidates(logits, config.calibration.temperatures, budget, bigram)
+        pairs = scores if bigram is not None else scores[:, :, None]
+        (best,) = most_probable_paths(tokens, scores, budget)
+        found = probability(tree, tokens[0], pairs[0])
+        assert found == pytest.approx(probability(best, tokens[0], pairs[0]), rel=1e-2)
+
+
+@pytest.mark.parametrize(("conditioning", "bigram_rank"), [("token", 8), ("none", 0)])
+@torch.inference_mode()
+def test_drafts_equal_transformers(
+    conditioning: Any,
+    bigram_rank: int,
+    random_target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = random_checkpoint(
+        tmp_path / "maps", random_target, conditioning=conditioning, bigram_rank=bigram_rank
+    )
     seen: list[tuple[np.ndarray, torch.Tensor]] = []
-    stock = TransferSource.draft_logits
+    drafted: list[tuple[np.ndarray, TokenTree]] = []
+    stock, propose = TransferSource.draft_logits, TransferSource.propose
+
+    def recording_trees(self: TransferSource, batch: Any) -> list[TokenTree]:
+        trees = propose(self, batch)
+        drafted.extend(zip((tokens.copy() for tokens in batch.token_ids), trees, strict=True))
+        return trees
 
     def recording(self: TransferSource, batch: Any) -> torch.Tensor:
         logits = stock(self, batch)
@@ -83,6 +131,7 @@ def test_draft_logits_equal_transformers(
         return logits
 
     monkeypatch.setattr(TransferSource, "draft_logits", recording)
+    monkeypatch.setattr(TransferSource, "propose", recording_trees)
     monkeypatch.setenv(CHECKPOINT_VARIABLE, str(checkpoint))
     prompts = random_prompts(5, longest=70)
     chunked = {"max_num_batched_tokens": 64}
@@ -109,3 +158,4 @@ def test_draft_logits_equal_transformers(
     )
     assert len(seen) > 140
     assert worst < 1e-3
+    assert_best_trees(model, checkpoint, drafted[::4], 8)

@@ -23,8 +23,8 @@ from tests.support.servers import metric, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
-PATIENCE = 60.0
-"""Seconds for all answers and all processes to end; stock takes less than ten."""
+PATIENCE = 180.0
+"""Seconds for what takes less than ten on an idle machine: on a full one, ranks wait for each other at every layer."""
 TENSOR_PARALLEL = ("--tensor-parallel-size", "2", "--distributed-executor-backend", "mp")
 VICTIMS: dict[str, tuple[str, ...]] = {"EngineCore": (), "Worker_TP1": TENSOR_PARALLEL}
 """Part of the name of the process that is killed, and how to get a server that has one."""

@@ -192,6 +192,9 @@ class HostileSource:
     def describe(self) -> str:
         return "hostile drafts (a measurement)"
 
+    def on_target_loaded(self, model: object) -> None:
+        """It needs nothing of the target."""
+
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         return [self._tree(tuple(tokens.tolist())) for tokens in batch.token_ids]
 

@@ -28,15 +28,19 @@ def random_checkpoint(
     steps: int = 4,
     layer: int = 5,
     conditioning: Conditioning = "token",
+    bigram_rank: int = 0,
     budget: int = 8,
 ) -> Path:
     """Save maps near the identity, with noise, that name ``target`` as theirs."""
     shape = json.loads((target / "config.json").read_text())
     size = shape["hidden_size"]
     torch.manual_seed(7)
-    maps = TransferMaps(steps, size, conditioning)
+    maps = TransferMaps(steps, size, conditioning, bigram_rank=bigram_rank)
     with torch.no_grad():
-        for parameter in maps.parameters():
+        for name, parameter in maps.named_parameters():
+            if name.startswith("bigram"):
+                parameter.normal_()
+                continue
             parameter.copy_(torch.eye(size) + 0.3 * size**-0.5 * torch.randn(steps, size, size))
     config = TransferConfig(
         speculators_config=SpeculatorsConfig(
@@ -45,6 +49,7 @@ def random_checkpoint(
         num_transfer_steps=steps,
         transfer_layer_ids=(layer,),
         conditioning=conditioning,
+        bigram_rank=bigram_rank,
         calibration=Calibration(temperatures=(1.0,) * steps),
         tree=Tree(node_budget=budget),
         target=Target(

@@ -47,6 +47,8 @@ def quick(target: Path, data: Path, output: Path) -> list[object]:
         "data": data,
         "output": output,
         "steps": 4,
+        "bigram-rank": 4,
+        "bigram-steps": 3,
         "sequences": 4,
         "roots": 4,
         "max-tokens": 96,
@@ -62,6 +64,7 @@ def test_from_files_to_a_checkpoint(target: Path, data: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     config, maps = load_checkpoint(output)
     assert (config.transfer_layer, maps.conditioning, maps.num_steps) == (2, "token", 4)
+    assert config.bigram_rank == maps.bigram_rank == 4
     study = Study.model_validate_json((output / STUDY_FILE).read_text())
     assert [group.name for group in study.groups] == ["other text"]
     card = (output / "README.md").read_text()
@@ -148,7 +151,7 @@ def test_a_damaged_state_is_one_sentence(target: Path, data: Path, tmp_path: Pat
     output = tmp_path / "maps"
     command = [*quick(target, data, output), "--transfer-layer", 2]
     assert run(*command).exit_code == 0
-    (state,) = tmp_path.glob(f"maps-work/*/{STATE_FILE}")
+    (state,) = tmp_path.glob(f"maps-work/*-4/{STATE_FILE}")
     assert load_file(state)
     state.write_bytes(state.read_bytes()[:100])
     result = run(*command)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_hidden_transfer.config import Conditioning
+from vllm_hidden_transfer.training.bigram import BigramInTraining
 from vllm_hidden_transfer.training.cache import Example, PrefixCache, read_examples
 from vllm_hidden_transfer.training.objective import (
     Candidates,
@@ -25,6 +27,7 @@ from vllm_hidden_transfer.training.ridge import Moments, ridge_maps
 from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
 from vllm_hidden_transfer.training.trainer import (
     STATE_FILE,
+    DraftTrainer,
     InterruptedTraining,
     Trainer,
     TrainingConfig,
@@ -257,6 +260,39 @@ def test_resuming_is_exact(
     again.run()
     for one, other in zip(whole.maps.parameters(), again.maps.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def bigram_trainer(
+    target: FrozenTarget, cache: PrefixCache, examples: list[Example], folder: Path
+) -> tuple[BigramInTraining, DraftTrainer]:
+    maps = ridge_maps(cache, target, examples, STEPS, "token")
+    model = BigramInTraining(target, cache, maps, rank=8, seed=1)
+    config = TrainingConfig(
+        steps=30, sequences=4, roots=6, learning_rate=4e-3, warmup=2, negatives=-1, log_every=1
+    )
+    return model, DraftTrainer(model, examples, config, folder)
+
+
+def test_bigrams_learn_what_follows_and_leave_the_maps_alone(
+    tmp_path: Path, target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    model, trainer = bigram_trainer(target, cache, examples, tmp_path / "whole")
+    before = model.identity
+    log: list[dict[str, Any]] = []
+    trainer.run(log.append)
+    first, last = (np.mean([entry["kl"] for entry in part], axis=0) for part in (log[:5], log[-5:]))
+    assert last[0] == pytest.approx(first[0], rel=0.2)  # depth 1 is not re-weighted
+    assert (last[1:] < 0.95 * first[1:]).all()
+    assert model.identity == before
+    again_model, again = bigram_trainer(target, cache, examples, tmp_path / "part")
+    for _ in range(7):
+        again.train_step()
+    again.save_state()
+    again_model, again = bigram_trainer(target, cache, examples, tmp_path / "part")
+    assert again.step == 7
+    again.run()
+    assert torch.equal(model.bigram.up, again_model.bigram.up)
+    assert torch.equal(model.bigram.down, again_model.bigram.down)
 
 
 def test_sigterm_saves_and_stops(

@@ -2,6 +2,7 @@
 """Token trees as data: order, mask, positions, runs, truncation, the best tree of a budget, the walk."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -137,6 +138,32 @@ def test_the_best_tree_has_the_most_probable_paths(probabilities: np.ndarray, bu
     # The first run is the most probable path of its length.
     first_run = tree.run_starts.tolist()[1] - 1 if leaves > 1 else len(tree)
     assert tree.tokens[:first_run].tolist() == probabilities.argmax(axis=1)[:first_run].tolist()
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3), st.integers(1, 20))
+def test_the_best_tree_of_candidates_that_depend_on_the_one_before(
+    seed: int, depths: int, width: int, budget: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    after = rng.dirichlet(np.ones(width + 1), size=(depths, width))[..., :width]
+    after[0] = after[0, :1]
+    tokens = np.broadcast_to(np.arange(width), (1, depths, width))
+    (tree,) = most_probable_paths(tokens, np.log(after)[None], budget)
+
+    def probability(path: Sequence[int]) -> float:
+        before = [0, *path[:-1]]
+        return float(
+            np.prod([after[d, b, t] for d, (b, t) in enumerate(zip(before, path, strict=True))])
+        )
+
+    everything = [
+        probability(path)
+        for length in range(1, depths + 1)
+        for path in itertools.product(range(width), repeat=length)
+    ]
+    got = [probability(tree.tokens[tree.path(node)].tolist()) for node in range(len(tree))]
+    assert len(tree) == min(budget, len(everything))
+    assert np.allclose(sorted(got, reverse=True), sorted(everything, reverse=True)[: len(got)])
 
 
 def test_impossible_candidates_never_enter_a_tree() -> None:

@@ -67,16 +67,19 @@ def test_walk(trees: list[TokenTree], drawn: list[int]) -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 4), st.integers(1, 6))
+@given(
+    st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 4), st.integers(1, 6), st.booleans()
+)
 def test_most_probable_is_the_host_builder(
-    seed: int, budget: int, num_depths: int, width: int
+    seed: int, budget: int, num_depths: int, width: int, pairs: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     tokens = np.stack([rng.permutation(9)[:width] for _ in range(2 * num_depths)])
     tokens = tokens.reshape(2, num_depths, width)
     # Few different values, so that there are ties; some candidates are unusable.
-    scores = -np.sort(rng.integers(1, 5, tokens.shape) / 4, axis=-1)
-    scores[rng.random(tokens.shape) < 0.1] = rng.choice([np.nan, -np.inf])
+    shape = (2, num_depths, width, width) if pairs else tokens.shape
+    scores = -np.sort(rng.integers(1, 5, shape) / 4, axis=-1)
+    scores[rng.random(shape) < 0.1] = rng.choice([np.nan, -np.inf])
     expected = most_probable_paths(tokens, scores, budget)
     found = tensors.most_probable(torch.from_numpy(tokens), torch.from_numpy(scores), budget)
     assert found.parents.shape == (2, budget)

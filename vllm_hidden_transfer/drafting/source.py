@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ class DraftSource(Protocol):
 
     transfer_layer: int | None
     """The layer whose incoming hidden state the source needs, None where it needs none."""
+
+    def on_target_loaded(self, model: Any) -> None:
+        """Called once, when vLLM has loaded the target (its ``...ForCausalLM``)."""
+        ...
 
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         """One tree for each request, possibly empty, with at most ``batch.budget`` nodes."""

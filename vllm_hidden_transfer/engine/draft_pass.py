@@ -13,11 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from vllm_hidden_transfer.drafting.bigram import BigramTables
 from vllm_hidden_transfer.transfer import load_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+logger = init_logger("vllm.hidden_transfer")
 
 
 class DraftPass:
@@ -27,7 +33,33 @@ class DraftPass:
         self.config, maps = load_checkpoint(checkpoint)
         dtype = vllm_config.model_config.dtype
         self.maps = maps.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.bigram: BigramTables | None = None
+        """Re-weights drafts, once the target is loaded."""
         self._vllm_config = vllm_config
+
+    def on_target_loaded(self, model: Any) -> None:
+        """Make the tables of the bigram re-weighting from vLLM's ``...ForCausalLM``, where the maps have one."""
+        if self.maps.bigram is None:
+            return
+        embed, head = (
+            getattr(
+                part, "base_layer", part
+            )  # a LoRA adapter's wrapper wants to know whose rows they are
+            for part in (model.model.embed_tokens, model.lm_head)
+        )
+        try:
+            self.bigram = BigramTables.of(
+                self.maps.bigram,
+                self.config.target.vocab_size,
+                embed,
+                # An LM head refuses to be looked up, but under tensor parallelism only a look-up finds its rows.
+                lambda ids: VocabParallelEmbedding.forward(head, ids),
+            )
+        except NotImplementedError:
+            logger.warning(
+                "drafts are not re-weighted by bigrams and are accepted a little less often: the quantisation "
+                "of this target's LM head does not hand out its rows"
+            )
 
     @property
     def steps(self) -> int:
@@ -38,7 +70,11 @@ class DraftPass:
         """Mode, k and t."""
         form = {"token": "token-conditioned", "none": "published"}[self.config.conditioning]
         layers = self.config.target.num_hidden_layers
-        return f"two-pass drafts, {form} maps, k = {self.steps}, t = {self.config.transfer_layer} of {layers}"
+        bigram = f" with bigrams of rank {self.maps.bigram_rank}" if self.maps.bigram else ""
+        return (
+            f"two-pass drafts, {form} maps{bigram}, k = {self.steps}, "
+            f"t = {self.config.transfer_layer} of {layers}"
+        )
 
     def pseudo_states(
         self, model: Any, hidden: torch.Tensor, sampled: torch.Tensor

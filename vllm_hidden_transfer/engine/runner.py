@@ -88,6 +88,7 @@ class TreeRunner(GPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         check_model(self.model, self.draft_source.transfer_layer)
+        self.draft_source.on_target_loaded(self.model)
         announce(
             self.settings,
             self.draft_source.describe(),

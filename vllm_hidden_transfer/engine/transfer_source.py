@@ -43,17 +43,22 @@ class TransferSource:
     def describe(self) -> str:
         return self._pass.describe()
 
+    def on_target_loaded(self, model: Any) -> None:
+        self._pass.on_target_loaded(model)
+
     @torch.inference_mode()
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         logits = self.draft_logits(batch)
-        tokens, log_probabilities = top_candidates(logits, self._temperatures, batch.budget)
+        tokens, log_probabilities = top_candidates(
+            logits, self._temperatures, batch.budget, self._pass.bigram
+        )
         self._drop_unusable(log_probabilities)
         return most_probable_paths(tokens, log_probabilities, batch.budget)
 
     def _drop_unusable(self, log_probabilities: np.ndarray) -> None:
         """Rows with NaN or infinite logits give no drafts (the tree builder leaves them out): count them, say so
         once, and clear their keys and values, because the kernel reads whole blocks and 0 x NaN is NaN."""
-        rows = np.isnan(log_probabilities[:, :, 0])
+        rows = np.isnan(log_probabilities[..., 0]).reshape(*self._slots.shape, -1).any(-1)
         unusable = int(rows.sum())
         if not unusable:
             return

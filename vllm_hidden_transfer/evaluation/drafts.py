@@ -72,7 +72,8 @@ class Drafts:
     """Draft distributions at every root of one answer; n roots, k depths, `WIDTH` candidates.
 
     Depth i of a one-pass drafter is what it says of that position from the root alone; of a chained
-    one, what it says when the i - 1 tokens that came were drafted before it.
+    one, or one with a bigram re-weighting, what it says when the i - 1 tokens that came were drafted
+    before it.
     """
 
     answer: JudgedAnswer
@@ -184,17 +185,28 @@ def _keep(logits: Tensor, came: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def draft(
-    target: FrozenTarget, prefixes: Prefixes, maps: TransferMaps, answer: JudgedAnswer
+    target: FrozenTarget,
+    prefixes: Prefixes,
+    maps: TransferMaps,
+    answer: JudgedAnswer,
+    on_path: bool = True,
 ) -> Drafts:
-    """What transfer maps, which go where the target is, draft at every root of an answer in `prefixes`."""
+    """What transfer maps, which go where the target is, draft at every root of an answer in `prefixes`.
+
+    `on_path=False` leaves a bigram re-weighting out: what a depth says from the root alone.
+    """
     maps = maps.to(target.device)
     return drafts_from_states(
-        answer, _map_states(target, prefixes, maps, answer), target.head_weight
+        answer, _map_states(target, prefixes, maps, answer, on_path), target.head_weight
     )
 
 
 def _map_states(
-    target: FrozenTarget, prefixes: Prefixes, maps: TransferMaps, answer: JudgedAnswer
+    target: FrozenTarget,
+    prefixes: Prefixes,
+    maps: TransferMaps,
+    answer: JudgedAnswer,
+    on_path: bool,
 ) -> Iterator[Tensor]:
     example, device = answer.example, target.device
     tokens = torch.tensor(example.tokens)
@@ -207,7 +219,11 @@ def _map_states(
             seen = (seen[:, None] + torch.arange(maps.num_steps)).clamp(max=len(tokens) - 1)
         embedding = target.embed(tokens[seen]).float()
         pseudo = maps(hidden[roots].to(device), embedding)
-        yield target.run_rows(pseudo[None], roots[None].to(device), shared)[0]
+        states = target.run_rows(pseudo[None], roots[None].to(device), shared)[0]
+        if on_path and maps.bigram is not None:
+            came = (roots[:, None] + torch.arange(2, maps.num_steps + 1)).clamp(max=len(tokens) - 1)
+            states[:, 1:] += maps.bigram(target.embed(tokens[came]).float()).to(states.dtype)
+        yield states
 
 
 def on_device(prefixes: SharedPrefixes, device: torch.device) -> SharedPrefixes:

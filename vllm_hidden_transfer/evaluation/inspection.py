@@ -26,6 +26,7 @@ def checkpoint_table(folder: Path, config: TransferConfig, maps: TransferMaps) -
         "transfer steps k": str(config.num_transfer_steps),
         "transfer layer t": f"{config.transfer_layer} of {target.num_hidden_layers}",
         "conditioning": config.conditioning,
+        "bigram re-weighting": f"rank {config.bigram_rank}" if config.bigram_rank else "none",
         "temperatures": ", ".join(f"{value:.3f}" for value in config.calibration.temperatures),
         "node budget": str(config.tree.node_budget),
     }

@@ -76,6 +76,9 @@ class PlantedSource:
     def describe(self) -> str:
         return "planted drafts (a measurement)"
 
+    def on_target_loaded(self, model: object) -> None:
+        """It needs nothing of the target."""
+
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         self.answers.load()
         return [self.tree(tokens, batch.budget) for tokens in batch.token_ids]
@@ -111,6 +114,9 @@ class GuessingSource:
 
     def describe(self) -> str:
         return "guessed drafts (a measurement)"
+
+    def on_target_loaded(self, model: object) -> None:
+        """It needs nothing of the target."""
 
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         return [self._tree(batch.budget) for _ in batch.token_ids]

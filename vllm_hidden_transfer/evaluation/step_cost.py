@@ -11,7 +11,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,6 +68,9 @@ class StepCostSource:
 
     def describe(self) -> str:
         return "planted drafts (a measurement)"
+
+    def on_target_loaded(self, model: Any) -> None:
+        self._real.on_target_loaded(model)
 
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         self._control.load()

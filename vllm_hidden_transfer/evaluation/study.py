@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
+from vllm_hidden_transfer.drafting.bigram import BigramTables
 from vllm_hidden_transfer.evaluation.acceptance import acceptance, repeated_share
 from vllm_hidden_transfer.evaluation.calibration import (
     calibration_error,
@@ -29,11 +30,17 @@ from vllm_hidden_transfer.evaluation.study_result import (
     Length,
     Provenance,
 )
-from vllm_hidden_transfer.evaluation.walks import Drafter, OnePassDrafter, Walk, walk
+from vllm_hidden_transfer.evaluation.walks import (
+    BigramDrafter,
+    Drafter,
+    OnePassDrafter,
+    Walk,
+    walk,
+)
 from vllm_hidden_transfer.training.cache import Example
 from vllm_hidden_transfer.training.prefixes import Prefixes
 from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import WEIGHTS_FILE, TransferMaps
+from vllm_hidden_transfer.transfer import WEIGHTS_FILE, BigramMaps, TransferMaps
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64)
 OPENING_TOKENS = 48
@@ -89,20 +96,36 @@ def maps_drafter(
     if maps.conditioning == "chained":
         answers = [item.answer for item in drafts]
         return ChainedDrafter(target, prefixes, maps, answers, temperatures)
+    if maps.bigram is not None:
+        marginals = [draft(target, prefixes, maps, item.answer, on_path=False) for item in drafts]
+        return BigramDrafter(marginals, bigram_tables(target, maps.bigram), temperatures)
     return OnePassDrafter(drafts, temperatures)
 
 
-def judge(judged: Judged, node_budget: int, progress: Progress) -> list[Group]:
+def bigram_tables(target: FrozenTarget, maps: BigramMaps) -> BigramTables:
+    """The tables of a bigram re-weighting, as the engine makes them."""
+    return BigramTables.of(
+        maps.to(target.device),
+        target.vocab_size,
+        target.embed,
+        lambda ids: target.head_weight[ids],
+    )
+
+
+def judge(
+    judged: Judged, node_budget: int, progress: Progress, budgets: Sequence[int] = BUDGETS
+) -> list[Group]:
     """The whole study: greedy answers, each temperature and other text apart, in this order.
 
     Args:
         judged: at least one answer.
         node_budget: the default tree size; what is not shown for all sizes is for this one.
         progress: gets one bar for the walks; `Progress(disable=True)` for none.
+        budgets: the sizes of trees beside the default one.
     """
     outputs, depths = judged.outputs, judged.drafter.depths
     shapes: list[tuple[int, int | None]] = [(depths, 1)]
-    shapes += [(nodes, None) for nodes in sorted({*BUDGETS, node_budget})]
+    shapes += [(nodes, None) for nodes in sorted({*budgets, node_budget})]
     walks = {
         shape: walk(outputs, judged.drafter, *shape)
         for shape in progress.track(shapes, description="walking")

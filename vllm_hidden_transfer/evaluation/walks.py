@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from vllm_hidden_transfer.drafting.bigram import BigramTables
 from vllm_hidden_transfer.evaluation.drafts import Drafts
 from vllm_hidden_transfer.tree import ROOT, TokenTree, most_probable_paths
+
+_PLACES_AT_ONCE = 64
 
 
 class Place(NamedTuple):
@@ -61,6 +66,45 @@ class OnePassDrafter:
         tokens = [self._tokens[answer][known - 1, :, :width] for answer, known in places]
         scores = [self._log_probabilities[answer][known - 1, :, :width] for answer, known in places]
         return most_probable_paths(np.stack(tokens), np.stack(scores), budget)
+
+
+class BigramDrafter:
+    """Best-first trees of one-pass drafts that are re-weighted by the token before."""
+
+    def __init__(
+        self, marginals: Sequence[Drafts], tables: BigramTables, temperatures: Sequence[float]
+    ) -> None:
+        self._marginals, self._tables = marginals, tables
+        self._temperatures = list(temperatures)
+        self._totals = [
+            np.stack([item.log_totals(depth, t) for depth, t in enumerate(temperatures)], axis=1)
+            for item in marginals
+        ]
+        self.depths = len(temperatures)
+
+    def trees(
+        self, places: Sequence[Place], budget: int, branching: int | None = None
+    ) -> list[TokenTree]:
+        """One tree a place; see `Drafter`."""
+        found: list[TokenTree] = []
+        for start in range(0, len(places), _PLACES_AT_ONCE):
+            tokens, scores = self._candidates(places[start : start + _PLACES_AT_ONCE])
+            if branching:
+                least = scores.topk(branching, dim=-1).values[..., -1:]
+                scores = scores.masked_fill(scores < least, -torch.inf)
+            found += most_probable_paths(tokens.numpy(), scores.double().numpy(), budget)
+        return found
+
+    def _candidates(self, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
+        """Tokens [b, k, width] and their log-probabilities after each of the depth before."""
+        items = [(self._marginals[answer], known - 1) for answer, known in places]
+        tokens = torch.from_numpy(np.stack([item.tokens[row] for item, row in items])).long()
+        logits = torch.from_numpy(np.stack([item.logits[row] for item, row in items]))
+        totals = np.stack([self._totals[answer][known - 1] for answer, known in places])
+        scale = torch.tensor(self._temperatures)
+        device = self._tables.before.device
+        parts = (tokens, logits / scale[:, None], torch.from_numpy(totals).float(), scale)
+        return tokens, self._tables.log_probabilities(*(part.to(device) for part in parts)).cpu()
 
 
 @dataclass

@@ -36,6 +36,7 @@ from vllm_hidden_transfer.evaluation.study_plots import draw_study
 from vllm_hidden_transfer.evaluation.study_report import study_grids
 from vllm_hidden_transfer.evaluation.study_result import STUDY_FILE, Study
 from vllm_hidden_transfer.evaluation.walks import walk
+from vllm_hidden_transfer.training.bigram import bigram_folder
 from vllm_hidden_transfer.training.cache import Example
 from vllm_hidden_transfer.training.prefixes import Prefixes
 from vllm_hidden_transfer.training.settings import TrainSettings
@@ -68,7 +69,9 @@ class RunFacts:
 
 def stored_maps(maps: TransferMaps) -> TransferMaps:
     """The maps as they will be stored, rounded to bf16, in fp32 for judging."""
-    copy = TransferMaps(maps.num_steps, maps.hidden_size, maps.conditioning)
+    copy = TransferMaps(
+        maps.num_steps, maps.hidden_size, maps.conditioning, bigram_rank=maps.bigram_rank
+    )
     copy.load_state_dict(
         {name: tensor.bfloat16().float().cpu() for name, tensor in maps.state_dict().items()}
     )
@@ -125,6 +128,7 @@ def export(
     write_atomically(output / "training_log.jsonl", log.encode())
     pictures = [*draw_study(study, output), _draw_loss(records, output)]
     card = _card(settings, config, study, records, facts, pictures)
+    card += _about_bigrams(bigram_folder(trainer.folder), config.bigram_rank)
     write_atomically(output / "README.md", card.encode())
     for grid in study_grids(study):
         console.print(grid.rich())
@@ -148,6 +152,7 @@ def _config(
         num_transfer_steps=maps.num_steps,
         transfer_layer_ids=(target.transfer_layer,),
         conditioning=maps.conditioning,
+        bigram_rank=maps.bigram_rank,
         calibration=Calibration(temperatures=tuple(temperatures)),
         target=Target(
             hidden_size=target.hidden_size,
@@ -178,6 +183,17 @@ def _draw_loss(records: list[dict[str, Any]], folder: Path) -> str:
     axes.legend(fontsize="small", frameon=False)
     figure.savefig(folder / "loss.png", dpi=110)
     return "loss.png"
+
+
+def _about_bigrams(folder: Path, rank: int) -> str:
+    """A line of the card; nothing where there is no re-weighting."""
+    if not rank:
+        return ""
+    last = json.loads((folder / LOG_FILE).read_text().splitlines()[-1])
+    return (
+        f"- Bigram re-weighting of rank {rank} (what a drafted token says about the one after it): {last['step']} more "
+        f"steps with\n  the maps as they are; last logged KL by depth, given the token before, {last['kl']}.\n"
+    )
 
 
 def _card(

@@ -1,34 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the maps learn: the target's own next-token distribution at the pseudo rows' positions."""
+"""What drafters learn: the target's own next-token distribution at the positions that they draft for."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_hidden_transfer.training.cache import Example
 from vllm_hidden_transfer.training.prefixes import Prefixes
 from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
+from vllm_hidden_transfer.transfer import TransferMaps
 
 _CHUNK = 128
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of one optimiser step: b sequences, r roots each, k rows a root."""
+class TaughtRows:
+    """What the rows of one optimiser step should predict: b sequences, r roots each, k rows a root."""
 
-    hidden: Tensor
-    """fp32 [b, r, d]: the residual stream entering layer t at each root."""
-    token_embedding: Tensor
-    """fp32 [b, r, d]: input embedding of the token at root + 1; for chained maps [b, r, k, d]: of those at
-    root + 1 .. root + k."""
     roots: Tensor
     """int64 [b, r]."""
-    prefixes: SharedPrefixes
     teacher_ids: Tensor
     """int64 [b, r, k, width]: the target's most probable tokens at each row's position."""
     teacher_probs: Tensor
@@ -37,6 +33,77 @@ class Rows:
     """int64 [b, r, k]: the token that follows each row in the corpus."""
     valid: Tensor
     """bool [b, r, k]: the row lies inside its sequence."""
+
+
+@dataclass(frozen=True)
+class Rows(TaughtRows):
+    """Rows of transfer maps, with what the maps see and what the rows attend to."""
+
+    hidden: Tensor
+    """fp32 [b, r, d]: the residual stream entering layer t at each root."""
+    token_embedding: Tensor
+    """fp32 [b, r, d]: input embedding of the token at root + 1; for chained maps [b, r, k, d]: of those at
+    root + 1 .. root + k."""
+    prefixes: SharedPrefixes
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What a drafter makes of rows."""
+
+    final: Tensor
+    """[b, r, k, d] after the last norm: the LM head reads it."""
+    penalty: Tensor | None = None
+    """[b, r, k]: what is added to each row's KL."""
+
+
+RowsT = TypeVar("RowsT", bound=TaughtRows)
+
+
+class DraftingModel(ABC, Generic[RowsT]):
+    """A drafter in training: its weights, the rows that it asks for, and what it hands to the LM head."""
+
+    def __init__(
+        self, target: FrozenTarget, cache: Prefixes, module: nn.Module, steps: int
+    ) -> None:
+        self.target, self.cache, self.module, self.steps = target, cache, module, steps
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """What tells one drafter's run from another's, beside settings and data."""
+
+    @abstractmethod
+    def rows(self, examples: list[Example], roots: list[list[int]]) -> RowsT:
+        """Rows for the given roots (equally many for every example) of cached examples."""
+
+    @abstractmethod
+    def draft(self, rows: RowsT) -> Drafted:
+        """Draft for rows; gradients flow to the module's weights."""
+
+
+class MapsInTraining(DraftingModel[Rows]):
+    """Transfer maps: pseudo states of all steps run through the target's upper layers together."""
+
+    def __init__(self, target: FrozenTarget, cache: Prefixes, maps: TransferMaps) -> None:
+        super().__init__(target, cache, maps, maps.num_steps)
+        self._maps = maps
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The form of the maps."""
+        return {"conditioning": self._maps.conditioning}
+
+    def rows(self, examples: list[Example], roots: list[list[int]]) -> Rows:
+        """See `collect_rows`."""
+        chained = self._maps.conditioning == "chained"
+        return collect_rows(self.cache, self.target, examples, roots, self.steps, chained)
+
+    def draft(self, rows: Rows) -> Drafted:
+        """States after the last norm of all rows."""
+        pseudo = self._maps(rows.hidden.flatten(0, 1), rows.token_embedding.flatten(0, 1))
+        pseudo = pseudo.unflatten(0, rows.roots.shape)
+        return Drafted(self.target.run_rows(pseudo, rows.roots, rows.prefixes))
 
 
 @dataclass(frozen=True)
@@ -81,6 +148,50 @@ class Candidates:
         return cls(head[tokens.to(device)], bias.to(device), places.to(device))
 
 
+def taught_rows(
+    cache: Prefixes,
+    examples: list[Example],
+    roots: list[list[int]],
+    steps: int,
+    device: torch.device,
+) -> TaughtRows:
+    """What rows at the given roots (equally many for every example) of cached examples should predict."""
+    root_ids = torch.tensor(roots)
+    offsets = torch.arange(1, steps + 1)
+    next_tokens, valid, ids, probs = [], [], [], []
+    for row, example in enumerate(examples):
+        tokens = torch.tensor(example.tokens)
+        last = len(tokens) - 1
+        positions = root_ids[row][:, None] + offsets
+        valid.append(positions < last)  # the last token has no successor in the corpus
+        positions = positions.clamp(max=last)
+        next_tokens.append(tokens[(positions + 1).clamp(max=last)])
+        ids.append(cache.read("teacher_ids", example, torch.int64)[positions])
+        probs.append(cache.read("teacher_probs", example)[positions])
+    inside = torch.stack(valid)
+    teacher = torch.stack(probs)
+    # The kept tokens hold nearly all of the mass; what is left out is spread over them.
+    teacher = teacher / teacher.sum(-1, keepdim=True).clamp_min(1e-9)
+    return TaughtRows(
+        roots=root_ids.to(device),
+        teacher_ids=torch.stack(ids).to(device),
+        teacher_probs=(teacher * inside[..., None]).to(device),
+        next_tokens=torch.stack(next_tokens).to(device),
+        valid=inside.to(device),
+    )
+
+
+def path_tokens(examples: list[Example], roots: list[list[int]], steps: int) -> Tensor:
+    """int64 [b, r, steps]: the tokens at root + 1 .. root + steps; the last token beyond an end."""
+    offsets = torch.arange(1, steps + 1)
+    paths = []
+    for example, of_example in zip(examples, roots, strict=True):
+        tokens = torch.tensor(example.tokens)
+        positions = torch.tensor(of_example)[:, None] + offsets
+        paths.append(tokens[positions.clamp(max=len(tokens) - 1)])
+    return torch.stack(paths)
+
+
 def collect_rows(
     cache: Prefixes,
     target: FrozenTarget,
@@ -93,35 +204,15 @@ def collect_rows(
 
     `chained` collects the token of every step, not only the first one.
     """
-    root_ids = torch.tensor(roots)
-    offsets = torch.arange(1, steps + 1)
-    hidden, conditioning, next_tokens, valid, ids, probs = [], [], [], [], [], []
-    for row, example in enumerate(examples):
-        tokens = torch.tensor(example.tokens)
-        last = len(tokens) - 1
-        positions = root_ids[row][:, None] + offsets
-        valid.append(positions < last)  # the last token has no successor in the corpus
-        positions = positions.clamp(max=last)
-        hidden.append(cache.read("hidden", example)[root_ids[row]])
-        conditioning.append(tokens[positions if chained else root_ids[row] + 1])
-        next_tokens.append(tokens[(positions + 1).clamp(max=last)])
-        ids.append(cache.read("teacher_ids", example, torch.int64)[positions])
-        probs.append(cache.read("teacher_probs", example)[positions])
-    inside = torch.stack(valid)
-    teacher = torch.stack(probs)
-    # The kept tokens hold nearly all of the mass; what is left out is spread over them.
-    teacher = teacher / teacher.sum(-1, keepdim=True).clamp_min(1e-9)
     device = target.device
+    hidden = [cache.read("hidden", e)[of_e] for e, of_e in zip(examples, roots, strict=True)]
+    path = path_tokens(examples, roots, steps)
     prefixes = cache.prefixes(examples)
     return Rows(
+        **vars(taught_rows(cache, examples, roots, steps, device)),
         hidden=torch.stack(hidden).to(device),
-        token_embedding=target.embed(torch.stack(conditioning)).float(),
-        roots=root_ids.to(device),
+        token_embedding=target.embed(path if chained else path[:, :, 0]).float(),
         prefixes=SharedPrefixes(prefixes.keys.to(device), prefixes.values.to(device)),
-        teacher_ids=torch.stack(ids).to(device),
-        teacher_probs=(teacher * inside[..., None]).to(device),
-        next_tokens=torch.stack(next_tokens).to(device),
-        valid=inside.to(device),
     )
 
 
@@ -199,12 +290,25 @@ def transfer_loss(
     candidates: Candidates | None = None,
     weight_sum: Tensor | None = None,
 ) -> Loss:
-    """KL from the target to the drafts, step i weighted by ``step_weights[i]``.
+    """KL from the target to the drafts of pseudo states [b, r, k, d]; see `draft_loss`."""
+    drafted = Drafted(target.run_rows(pseudo, rows.roots, rows.prefixes))
+    return draft_loss(target, drafted, rows, step_weights, candidates, weight_sum)
+
+
+def draft_loss(
+    target: FrozenTarget,
+    drafted: Drafted,
+    rows: TaughtRows,
+    step_weights: Tensor,
+    candidates: Candidates | None = None,
+    weight_sum: Tensor | None = None,
+) -> Loss:
+    """KL from the target to the drafts and their penalty, step i weighted by ``step_weights[i]``.
 
     Args:
         target: the frozen target.
-        pseudo: [b, r, k, d], the maps' output.
-        rows: what the rows attend to and should predict.
+        drafted: what the drafter makes of the rows.
+        rows: what they should predict.
         step_weights: [k].
         candidates: the tokens to normalise over; all of them unless given.
         weight_sum: what the rows' weights are divided by; their sum unless given, which one process of several
@@ -215,17 +319,18 @@ def transfer_loss(
     places = candidates.places[rows.teacher_ids]
     probs = rows.teacher_probs * (places >= 0)
     probs = probs / probs.sum(-1, keepdim=True).clamp_min(1e-9)
-    final = target.run_rows(pseudo, rows.roots, rows.prefixes)
     weights = rows.valid * step_weights
     weights = weights / (weights.sum() if weight_sum is None else weight_sum).clamp_min(1e-9)
     total, losses, tops = _HeadLoss.apply(
-        final.flatten(0, 2),
+        drafted.final.flatten(0, 2),
         candidates.head,
         candidates.bias,
         places.clamp_min(0).flatten(0, 2),
         probs.flatten(0, 2),
         weights.flatten(),
     )
+    if drafted.penalty is not None:
+        total = total + (drafted.penalty * weights).sum()
     agreed = (tops == places[..., 0].flatten()).view(rows.valid.shape) & rows.valid
     kl = losses.view(rows.valid.shape) * rows.valid
     return Loss(

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from vllm_hidden_transfer.config import one_sentence
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.training.bigram import BigramInTraining, bigram_config, bigram_folder
 from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
 from vllm_hidden_transfer.training.card import RunFacts, acceptance_of, corpus_digest, export
 from vllm_hidden_transfer.training.data import DataError, mix, read_corpus
@@ -30,7 +31,7 @@ from vllm_hidden_transfer.training.prefixes import Prefixes, PrefixPasses
 from vllm_hidden_transfer.training.ridge import ridge_maps, ridge_passes
 from vllm_hidden_transfer.training.settings import TrainSettings
 from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.training.trainer import Trainer
+from vllm_hidden_transfer.training.trainer import DraftTrainer, Trainer
 from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps
 
 _TRIAL_STEPS = 60
@@ -90,6 +91,8 @@ def _train(settings: TrainSettings, command: str, console: Console) -> None:
         prefixes = prefixes_of(settings, target, corpus, fingerprint, processes, console)
         trainer = make_trainer(settings, target, prefixes, corpus, processes, console)
         trainer.run()
+        if settings.bigram_rank and settings.conditioning != "chained":
+            train_bigram(settings, trainer, corpus, processes, console)
         if processes.first:
             facts = RunFacts(
                 command=command,
@@ -209,6 +212,26 @@ def make_trainer(
     if trainer.step:
         console.print(f"going on at step {trainer.step} of {settings.steps}")
     return trainer
+
+
+def train_bigram(
+    settings: TrainSettings,
+    trainer: Trainer,
+    corpus: Corpus,
+    processes: Processes,
+    console: Console,
+) -> None:
+    """Train the bigram re-weighting of maps that are finished, and put it into them."""
+    if settings.transfer_steps < 2:
+        return
+    console.print("the maps are trained; now the bigram re-weighting of their drafts")
+    model = BigramInTraining(
+        trainer.target, trainer.cache, trainer.maps, settings.bigram_rank, settings.seed
+    )
+    config = bigram_config(settings.training(), settings.bigram_steps)
+    folder = bigram_folder(trainer.folder)
+    DraftTrainer(model, corpus.train, config, folder, processes).run()
+    trainer.maps.bigram = model.bigram
 
 
 def starting_maps(

@@ -60,6 +60,13 @@ class TrainSettings(BaseSettings, TrainingConfig):
         default="token",
         description="token: maps see the sampled token; none: as published; chained: a short pass per depth",
     )
+    bigram_rank: int = Field(
+        default=64,
+        ge=0,
+        le=4096,
+        description="rank of the re-weighting of drafted pairs, trained after one-pass maps; 0 trains none",
+    )
+    bigram_steps: PositiveInt = Field(default=400, description="optimiser steps of that")
     transfer_layer: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="layer t that the maps write into; auto tries some and shows the table",

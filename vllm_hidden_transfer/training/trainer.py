@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: AdamW on the maps, exactly resumable, with a progress bar and a JSONL log."""
+"""The training loop: AdamW on a drafter's weights, exactly resumable, with a progress bar and a JSONL log."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from vllm_hidden_transfer.training.cache import Example
 from vllm_hidden_transfer.training.objective import (
     Candidates,
-    Rows,
-    collect_rows,
+    DraftingModel,
+    MapsInTraining,
+    TaughtRows,
+    draft_loss,
     draw_roots,
-    transfer_loss,
 )
 from vllm_hidden_transfer.training.parallel import Processes
 from vllm_hidden_transfer.training.prefixes import Prefixes
@@ -77,15 +78,13 @@ class InterruptedTraining(Exception):  # noqa: N818  no error
     """SIGTERM or SIGINT came; the state is saved."""
 
 
-class Trainer:
-    """Trains maps against a frozen target on a cached corpus; state and log live in `folder`."""
+class DraftTrainer:
+    """Trains a drafter against a frozen target on a cached corpus; state and log live in `folder`."""
 
     def __init__(
         self,
-        target: FrozenTarget,
-        cache: Prefixes,
+        model: DraftingModel[Any],
         examples: list[Example],
-        maps: TransferMaps,
         config: TrainingConfig,
         folder: str | Path,
         processes: Processes = Processes(),  # noqa: B008  frozen
@@ -97,17 +96,18 @@ class Trainer:
                 f"{config.sequences} sequences a step cannot be shared by {processes.count} processes: "
                 "choose a multiple"
             )
-        self.target, self.cache, self.examples = target, cache, examples
-        self.maps = maps.float().to(target.device).requires_grad_(True)
+        self.model, self.target, self.cache = model, model.target, model.cache
+        self.examples = examples
+        self.module = model.module.float().to(self.target.device).requires_grad_(True)
         self.config, self.processes = config, processes
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.step = 0
-        self._core = cache.likely_tokens(examples)
+        self._core = self.cache.likely_tokens(examples)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [parameter], "scale": self._scale(name)}
-                for name, parameter in maps.named_parameters()
+                for name, parameter in self.module.named_parameters()
             ],
             lr=config.learning_rate,
             betas=(0.9, 0.95),
@@ -121,7 +121,7 @@ class Trainer:
         """Whether a run in `folder` has saved its state, so that its start does not matter any more."""
         return (Path(folder) / STATE_FILE).exists()
 
-    def batch(self, step: int) -> Rows:
+    def batch(self, step: int) -> TaughtRows:
         """This process's rows of a step. All rows are a function of seed and step alone: that makes resuming exact,
         and several processes learn from the same rows as one."""
         config = self.config
@@ -133,10 +133,8 @@ class Trainer:
             chosen.append(self.examples[order.permutation(len(self.examples))[place]])
         roots = [draw_roots(rng, example, config.roots) for example in chosen]
         own = slice(self.processes.rank, None, self.processes.count)
-        chained = self.maps.conditioning == "chained"
-        return collect_rows(
-            self.cache, self.target, chosen[own], roots[own], self.maps.num_steps, chained
-        )
+        rows: TaughtRows = self.model.rows(chosen[own], roots[own])
+        return rows
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to `final_rate` of the peak."""
@@ -150,22 +148,21 @@ class Trainer:
         """One optimiser step; returns what the log gets."""
         rows = self.batch(self.step)
         config = self.config
-        pseudo = self.maps(rows.hidden.flatten(0, 1), rows.token_embedding.flatten(0, 1))
-        pseudo = pseudo.unflatten(0, rows.roots.shape)
-        decay = config.step_decay ** torch.arange(pseudo.shape[2], dtype=torch.float32)
-        decay = decay.to(pseudo.device)
+        drafted = self.model.draft(rows)
+        decay = config.step_decay ** torch.arange(self.model.steps, dtype=torch.float32)
+        decay = decay.to(self.target.device)
         weight_sum = self.processes.sum((rows.valid * decay).sum())
-        loss = transfer_loss(self.target, pseudo, rows, decay, self._candidates(), weight_sum)
+        loss = draft_loss(self.target, drafted, rows, decay, self._candidates(), weight_sum)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        for parameter in self.maps.parameters():
+        for parameter in self.module.parameters():
             assert parameter.grad is not None
             self.processes.sum(parameter.grad)
         figures = self.processes.sum(
             torch.stack([loss.kl, loss.agreed, loss.counts, loss.total.detach().expand_as(loss.kl)])
         )
         kl, agreement = figures[:2] / figures[2].clamp_min(1)
-        norm = nn.utils.clip_grad_norm_(self.maps.parameters(), config.clip)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
         rate = self.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -234,11 +231,11 @@ class Trainer:
         self.save_state()
 
     def save_state(self) -> None:
-        """Write step, maps and optimiser state (safetensors, all or nothing)."""
+        """Write step, weights and optimiser state (safetensors, all or nothing)."""
         if not self.processes.first:
             return
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.maps.named_parameters():
+        for name, parameter in self.module.named_parameters():
             tensors[name] = parameter.detach()
             state = self.optimizer.state.get(parameter, {})
             for part in _MOMENTS:
@@ -263,7 +260,7 @@ class Trainer:
                 )
             self.step = int(about["step"])
             names = set(file.keys())
-            for name, parameter in self.maps.named_parameters():
+            for name, parameter in self.module.named_parameters():
                 with torch.no_grad():
                     parameter.copy_(file.get_tensor(name))
                 if f"{name}.{_MOMENTS[0]}" in names:
@@ -281,7 +278,7 @@ class Trainer:
         """What must not change while a run goes on."""
         settings = self.config.model_dump(exclude={"save_seconds", "log_every"})
         corpus = hashlib.sha256("".join(e.digest for e in self.examples).encode()).hexdigest()
-        return json.dumps(settings | {"corpus": corpus, "conditioning": self.maps.conditioning})
+        return json.dumps(settings | {"corpus": corpus} | self.model.identity)
 
     def _cut_log(self) -> None:
         """Drop what a killed run logged after it last saved."""
@@ -295,7 +292,7 @@ class Trainer:
         write_atomically(log, "".join(kept).encode())
 
     def _scale(self, name: str) -> float:
-        return self.config.embedding_scale if name == "token_weight" else 1.0
+        return self.config.embedding_scale if name in ("token_weight", "down") else 1.0
 
     def _log(self, entry: dict[str, Any]) -> None:
         if not self.processes.first:
@@ -316,6 +313,23 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+class Trainer(DraftTrainer):
+    """Trains transfer maps."""
+
+    def __init__(
+        self,
+        target: FrozenTarget,
+        cache: Prefixes,
+        examples: list[Example],
+        maps: TransferMaps,
+        config: TrainingConfig,
+        folder: str | Path,
+        processes: Processes = Processes(),  # noqa: B008  frozen
+    ) -> None:
+        self.maps = maps
+        super().__init__(MapsInTraining(target, cache, maps), examples, config, folder, processes)
 
 
 def _mean(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build trees: the n most probable paths of independent per-depth draft distributions.
+"""Build trees: the n most probable paths of per-depth draft distributions.
 
 For a deterministic tree the expected number of accepted tokens is the sum of the target's path probabilities over
 the nodes, so under the draft distribution the best tree of n nodes is the n most probable paths (the best-first tree
@@ -25,8 +25,9 @@ def most_probable_paths(
 
     Args:
         tokens: int64 [requests, depths, width], candidate tokens of each depth, distinct within a depth.
-        log_probabilities: float64 of the same shape, the candidates' draft log-probabilities. Candidates that are
-            -inf or NaN never enter a tree.
+        log_probabilities: float64 of the same shape, the candidates' draft log-probabilities, or
+            [requests, depths, width, width], those after each candidate of the depth before. Candidates that are -inf
+            or NaN never enter a tree.
         budget: number of nodes at most.
 
     Returns:
@@ -34,18 +35,23 @@ def most_probable_paths(
     """
     num_requests, num_depths, width = tokens.shape
     scores = np.where(np.isnan(log_probabilities), -np.inf, log_probabilities)
+    if scores.ndim == 3:
+        scores = scores[:, :, None]
+    beam_choices = np.zeros((num_requests, 1), dtype=np.int64)
     beam_scores = np.zeros((num_requests, 1))
     beam_parents = np.full((num_requests, 1), ROOT)
     levels: list[tuple[NDArray[np.int64], NDArray[np.int64], FloatArray]] = []
     level_start = 0
     for depth in range(num_depths):
         # A node of the best tree is among the ``budget`` best of its own depth, so a beam loses nothing.
-        candidates = beam_scores[:, :, None] + scores[:, None, depth, :]
-        flat = candidates.reshape(num_requests, -1)
+        rows = np.minimum(beam_choices, scores.shape[2] - 1)
+        after = np.take_along_axis(scores[:, depth], rows[:, :, None], axis=1)
+        flat = (beam_scores[:, :, None] + after).reshape(num_requests, -1)
         keep = min(budget, flat.shape[1])
         best = np.argsort(-flat, axis=1, kind="stable")[:, :keep]
         beam_scores = np.take_along_axis(flat, best, axis=1)
-        level_tokens = np.take_along_axis(tokens[:, depth], best % width, axis=1)
+        beam_choices = best % width
+        level_tokens = np.take_along_axis(tokens[:, depth], beam_choices, axis=1)
         level_parents = np.take_along_axis(beam_parents, best // width, axis=1)
         levels.append((level_tokens, level_parents, beam_scores))
         beam_parents = np.broadcast_to(level_start + np.arange(keep), (num_requests, keep))

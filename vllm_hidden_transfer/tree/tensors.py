@@ -99,22 +99,27 @@ def most_probable(
 
     Args:
         tokens: int64 [b, depths, width], candidates of each depth, distinct within a depth.
-        log_probabilities: float64 of the same shape; candidates that are -inf or NaN never live.
+        log_probabilities: float64 of the same shape, or [b, depths, width, width], those after each candidate of the
+            depth before; candidates that are -inf or NaN never live.
         budget: nodes of each tree, dead ones included.
     """
     scores = log_probabilities.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
     num_requests, num_depths, width = tokens.shape
+    if scores.dim() == 3:
+        scores = scores[:, :, None]
+    beam_choices = tokens.new_zeros(num_requests, 1)
     beam_scores = scores.new_zeros(num_requests, 1)
     beam_nodes = tokens.new_full((num_requests, 1), ROOT)
     levels: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     first = 0
     for depth in range(num_depths):
         # A node of the best tree is among the ``budget`` best of its own depth, so a beam loses nothing.
-        flat = (beam_scores[:, :, None] + scores[:, None, depth, :]).flatten(1)
+        rows = beam_choices.clamp(max=scores.shape[2] - 1)[:, :, None].expand(-1, -1, width)
+        flat = (beam_scores[:, :, None] + scores[:, depth].gather(1, rows)).flatten(1)
         keep = min(budget, flat.shape[1])
         beam_scores, best = _best(flat, keep)
-        parent = beam_nodes.gather(1, best // width)
-        levels.append((tokens[:, depth].gather(1, best % width), parent, beam_scores))
+        parent, beam_choices = beam_nodes.gather(1, best // width), best % width
+        levels.append((tokens[:, depth].gather(1, beam_choices), parent, beam_scores))
         beam_nodes = torch.arange(first, first + keep, device=tokens.device).expand(
             num_requests, keep
         )

@@ -130,7 +130,7 @@ def drafts_of_v2(target: Path, checkpoint: Path, asynchronous: bool) -> Drafts:
 def test_drafts_are_those_of_v1(
     tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = random_checkpoint(tmp_path / "maps", tiny_target, layer=1)
+    checkpoint = random_checkpoint(tmp_path / "maps", tiny_target, layer=1, bigram_rank=8)
     one = drafts_of_v1(tiny_target, checkpoint, monkeypatch)
     two = under_v2(drafts_of_v2, tiny_target, checkpoint, True, async_scheduling=True)
     assert one.texts is not None

@@ -30,6 +30,7 @@ def install() -> None:
     _cast_masks_to_bool()
     _give_libdevice_bodies()
     _use_torch_top_k_top_p()
+    _patch_language_once()
     if os.environ.get(ASYNC_VARIABLE) == "1":
         _allow_async_scheduling()
 
@@ -118,6 +119,25 @@ def _give_libdevice_bodies() -> None:
         return call
 
     libdevice.log1p, libdevice.expm1 = body(np.log1p), body(np.expm1)
+
+
+def _patch_language_once() -> None:
+    """The interpreter rewires Triton's language for every launch and every call inside a kernel, a fifth of all time.
+    Nothing here compiles kernels, so it may stay rewired."""
+    from triton.runtime import interpreter
+
+    class Kept:
+        def restore(self) -> None: ...
+
+    stock, kept, seen = interpreter._patch_lang, Kept(), set()
+
+    def patch(function: Any) -> Any:
+        if function.__module__ not in seen:
+            stock(function)
+            seen.add(function.__module__)
+        return kept
+
+    interpreter._patch_lang = patch
 
 
 def _after_import(module: str, act: Callable[[Any], None]) -> None:

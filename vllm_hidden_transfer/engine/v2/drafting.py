@@ -44,6 +44,10 @@ class DeviceDraftSource(Protocol):
     transfer_layer: int | None
     """The layer whose incoming hidden state the source needs, None where it needs none."""
 
+    def on_target_loaded(self, model: Any) -> None:
+        """Called once, when vLLM has loaded the target (its ``...ForCausalLM``)."""
+        ...
+
     def propose_tensors(self, batch: SlotBatch) -> TreeTensors:
         """One tree of ``batch.budget`` nodes for each request."""
         ...
@@ -62,6 +66,7 @@ class HostDrafts:
         self._source = source
         self._runner = runner
         self.describe = source.describe
+        self.on_target_loaded = source.on_target_loaded
 
     def propose_tensors(self, batch: SlotBatch) -> TreeTensors:
         states = self._runner.req_states

@@ -55,6 +55,7 @@ class TreeRunnerV2(GPUModelRunner):
         super().load_model(*args, **kwargs)
         layer = self.draft_source.transfer_layer
         check_model(self.model, layer)
+        self.draft_source.on_target_loaded(self.model)
         if layer is not None:
             self.model.set_aux_hidden_state_layers((layer,))
         self.rejection_sampler = self.verifier = TreeVerifier(

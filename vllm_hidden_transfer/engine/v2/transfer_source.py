@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,10 +35,16 @@ class TransferSourceV2:
     def describe(self) -> str:
         return self._pass.describe()
 
+    def on_target_loaded(self, model: Any) -> None:
+        self._pass.on_target_loaded(model)
+
     def propose_tensors(self, batch: SlotBatch) -> TreeTensors:
         logits = self.draft_logits(batch)
-        tokens, log_probabilities = candidates(logits, self._temperatures, batch.budget)
-        self._runner.forget_drafts(log_probabilities[:, :, 0].isnan())
+        tokens, log_probabilities = candidates(
+            logits, self._temperatures, batch.budget, self._pass.bigram
+        )
+        unusable = log_probabilities[..., 0].isnan().reshape(*tokens.shape[:2], -1).any(-1)
+        self._runner.forget_drafts(unusable)
         return tensors.most_probable(tokens, log_probabilities, batch.budget)
 
     def draft_logits(self, batch: SlotBatch) -> torch.Tensor:
