@@ -488,6 +488,7 @@ ACCEPTABLE: dict[tuple[Any, ...], Callable[[Any], bool]] = {
 }
 OPTIONAL = {
     ("speculators_config", "algorithm"),
+    ("bigram_rank",),
     ("tree",),
     ("tree", "node_budget"),
 }
