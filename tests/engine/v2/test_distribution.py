@@ -24,7 +24,7 @@ from vllm_hidden_transfer.evaluation.planted import GuessingSource
 pytestmark = pytest.mark.engine
 
 PROMPT = [3, 5, 4, 7, 6, 3]
-SAMPLES, LENGTH = 400, 2
+SAMPLES, LENGTH = 300, 3
 SOURCE = "vllm_hidden_transfer.evaluation.planted:GuessingSource"
 
 
