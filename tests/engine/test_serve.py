@@ -63,7 +63,15 @@ def test_the_same_text(
     assert accepted / drafts > 0.7
     banner = [line for line in log.read_text().splitlines() if "hidden_transfer is on" in line]
     assert len(banner) == 1
-    for word in ("two-pass", "k = 4", "bigrams of rank 64", "t = 16 of 30", "16 nodes", "float32", "CPU_ATTN"):
+    for word in (
+        "two-pass",
+        "k = 4",
+        "bigrams of rank 64",
+        "t = 16 of 30",
+        "16 nodes",
+        "float32",
+        "CPU_ATTN",
+    ):
         assert word in banner[0]
     record("way", "vllm serve", "works")
 

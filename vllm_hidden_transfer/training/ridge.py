@@ -20,6 +20,7 @@ from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.transfer import TransferMaps
 
 _COLUMNS = 512
+"""Columns or rows of the statistics that are worked on at once."""
 
 
 @dataclass
@@ -44,7 +45,10 @@ class Moments:
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add roots: inputs [roots, m], outputs [roots, n]."""
-        self.inputs += inputs.T @ inputs
+        products = (inputs.T @ inputs).split(_COLUMNS)
+        # Some rows at a time: torch makes an fp64 copy of what is added.
+        for sums, more in zip(self.inputs.split(_COLUMNS), products, strict=True):
+            sums.add_(more)
         self.cross.addmm_(inputs.T, outputs)
         self.count += len(inputs)
 
@@ -61,13 +65,14 @@ class Moments:
         gram.mul_(scale[:, None]).mul_(scale).div_(self.count)
         gram.diagonal().add_(strength)
         torch.linalg.cholesky(gram, out=gram)
-        solution = torch.empty(self.cross.T.shape)
-        # A few columns at a time: fp64 copies of all of them would be the largest thing here.
+        # A few columns at a time, each in the place of what it was made from: fp64 copies of all of them, or room for
+        # the solution beside the products, would be the largest thing here.
         for start in range(0, self.cross.shape[1], _COLUMNS):
-            part = self.cross[:, start : start + _COLUMNS].double() * (scale / self.count)[:, None]
-            solved = torch.cholesky_solve(part, gram) * scale[:, None]
-            solution[start : start + _COLUMNS] = solved.T.float()
-        return solution
+            products = self.cross[:, start : start + _COLUMNS]
+            scaled = products.double().mul_((scale / self.count)[:, None])
+            products.copy_(torch.cholesky_solve(scaled, gram).mul_(scale[:, None]))
+            del scaled  # before the next one is made
+        return self.cross.T
 
 
 def ridge_maps(
