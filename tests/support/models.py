@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 2048
 STANDARD_DEVIATION = 0.12
@@ -72,6 +77,23 @@ def random_model(
     torch.manual_seed(20261121)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
+    """A random Llama of 4 layers and d = 32 in fp32, the same at every call: for training and judging without vLLM."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        initializer_range=STANDARD_DEVIATION,
+    )
+    return LlamaForCausalLM(config)
 
 
 def add_tokenizer(folder: Path, vocabulary: int = VOCABULARY) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support.models import tiny_llama
 from vllm_hidden_transfer.training.cache import Example
 from vllm_hidden_transfer.training.parallel import joined_processes
 from vllm_hidden_transfer.training.prefixes import PrefixPasses
@@ -23,18 +23,7 @@ VOCABULARY, STEPS, LAYER = 97, 3, 2
 
 def main(folder: Path, steps: int, save_seconds: float) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        initializer_range=0.12,
-    )
-    target = FrozenTarget(LlamaForCausalLM(config), LAYER)
+    target = FrozenTarget(tiny_llama(VOCABULARY), LAYER)
     rng = np.random.default_rng(0)
     examples = [
         Example(str(number), "text", None, [1], rng.integers(0, VOCABULARY, 20).tolist())

@@ -12,7 +12,6 @@ import torch
 import typer
 from rich.console import Console
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from benchmarks.rivals.__main__ import main
@@ -29,6 +28,7 @@ from benchmarks.rivals.eagle import EagleDrafter, EagleInTraining, EagleLayer, r
 from benchmarks.rivals.medusa import MedusaHeads, MedusaInTraining
 from benchmarks.rivals.report import write_report
 from benchmarks.rivals.states import FinalStates
+from tests.support.models import tiny_llama
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
 from vllm_hidden_transfer.evaluation.walks import Place
 from vllm_hidden_transfer.training.cache import Example, PrefixCache
@@ -43,19 +43,7 @@ CONFIG = TrainingConfig(
 
 @pytest.fixture(scope="module")
 def target() -> FrozenTarget:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=SIZE,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.12,
-    )
-    return FrozenTarget(LlamaForCausalLM(config), LAYER)
+    return FrozenTarget(tiny_llama(VOCABULARY), LAYER)
 
 
 @pytest.fixture(scope="module")

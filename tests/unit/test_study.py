@@ -15,9 +15,10 @@ import torch
 from rich.progress import Progress
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from tests.support.models import tiny_llama
 from vllm_hidden_transfer.cli import app
 from vllm_hidden_transfer.config import (
     Calibration,
@@ -67,19 +68,7 @@ runner = CliRunner()
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=SIZE,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.12,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_llama(VOCABULARY)
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support.models import tiny_llama
 from vllm_hidden_transfer.config import Conditioning
 from vllm_hidden_transfer.training.bigram import BigramInTraining
 from vllm_hidden_transfer.training.cache import Example, PrefixCache, read_examples
 from vllm_hidden_transfer.training.objective import (
     Candidates,
+    Drafted,
     collect_rows,
+    draft_loss,
     draw_roots,
-    transfer_loss,
 )
 from vllm_hidden_transfer.training.ridge import Moments, ridge_maps
 from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
@@ -38,19 +39,7 @@ LAYER, STEPS, SIZE, VOCABULARY = 2, 3, 32, 101
 
 @pytest.fixture(scope="module")
 def target() -> FrozenTarget:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=SIZE,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        initializer_range=0.12,
-    )
-    return FrozenTarget(LlamaForCausalLM(config), LAYER)
+    return FrozenTarget(tiny_llama(VOCABULARY), LAYER)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +184,8 @@ def test_loss_and_gradient_equal_plain_kl(
     torch.manual_seed(0)
     pseudo = torch.randn(2, 2, STEPS, SIZE, requires_grad=True)
     weights = torch.tensor([1.0, 0.8, 0.64])
-    loss = transfer_loss(target, pseudo, rows, weights)
+    drafted = Drafted(target.run_rows(pseudo, rows.roots, rows.prefixes))
+    loss = draft_loss(target, drafted, rows, weights)
     loss.total.backward()
     gradient = pseudo.grad
     pseudo.grad = None

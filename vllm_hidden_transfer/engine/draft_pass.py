@@ -41,12 +41,9 @@ class DraftPass:
         """Make the tables of the bigram re-weighting from vLLM's ``...ForCausalLM``, where the maps have one."""
         if self.maps.bigram is None:
             return
-        embed, head = (
-            getattr(
-                part, "base_layer", part
-            )  # a LoRA adapter's wrapper wants to know whose rows they are
-            for part in (model.model.embed_tokens, model.lm_head)
-        )
+        # A LoRA adapter's wrapper wants to know whose rows it is given.
+        parts = (model.model.embed_tokens, model.lm_head)
+        embed, head = (getattr(part, "base_layer", part) for part in parts)
         try:
             self.bigram = BigramTables.of(
                 self.maps.bigram,

@@ -282,19 +282,6 @@ class Loss:
     """[k]: valid rows."""
 
 
-def transfer_loss(
-    target: FrozenTarget,
-    pseudo: Tensor,
-    rows: Rows,
-    step_weights: Tensor,
-    candidates: Candidates | None = None,
-    weight_sum: Tensor | None = None,
-) -> Loss:
-    """KL from the target to the drafts of pseudo states [b, r, k, d]; see `draft_loss`."""
-    drafted = Drafted(target.run_rows(pseudo, rows.roots, rows.prefixes))
-    return draft_loss(target, drafted, rows, step_weights, candidates, weight_sum)
-
-
 def draft_loss(
     target: FrozenTarget,
     drafted: Drafted,

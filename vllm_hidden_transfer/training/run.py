@@ -91,7 +91,7 @@ def _train(settings: TrainSettings, command: str, console: Console) -> None:
         prefixes = prefixes_of(settings, target, corpus, fingerprint, processes, console)
         trainer = make_trainer(settings, target, prefixes, corpus, processes, console)
         trainer.run()
-        if settings.bigram_rank and settings.conditioning != "chained":
+        if settings.trains_bigrams:
             train_bigram(settings, trainer, corpus, processes, console)
         if processes.first:
             facts = RunFacts(
@@ -222,8 +222,6 @@ def train_bigram(
     console: Console,
 ) -> None:
     """Train the bigram re-weighting of maps that are finished, and put it into them."""
-    if settings.transfer_steps < 2:
-        return
     console.print("the maps are trained; now the bigram re-weighting of their drafts")
     model = BigramInTraining(
         trainer.target, trainer.cache, trainer.maps, settings.bigram_rank, settings.seed

@@ -99,6 +99,11 @@ class TrainSettings(BaseSettings, TrainingConfig):
         """Where cache and state are."""
         return self.work or self.output.with_name(self.output.name + "-work")
 
+    @property
+    def trains_bigrams(self) -> bool:
+        """Whether there are drafts to re-weight: only one-pass maps of two steps or more have some."""
+        return bool(self.bigram_rank) and self.conditioning != "chained" and self.transfer_steps > 1
+
     def training(self) -> TrainingConfig:
         """The optimiser's part."""
         return TrainingConfig(**{name: getattr(self, name) for name in TrainingConfig.model_fields})
