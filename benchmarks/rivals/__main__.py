@@ -19,7 +19,7 @@ from benchmarks.rivals.report import write_report
 from benchmarks.rivals.states import FinalStates
 from vllm_hidden_transfer.config import one_sentence
 from vllm_hidden_transfer.evaluation.machine import this_machine
-from vllm_hidden_transfer.evaluation.preparation import progress_bar
+from vllm_hidden_transfer.evaluation.preparation import progress_bar, spread_by_group
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.training.cache import Example
 from vllm_hidden_transfer.training.data import DataError, read_corpus
@@ -45,10 +45,15 @@ def main(
         typer.Option(help="Settings of `vllm-hidden-transfer train`: target, data, batches."),
     ] = Path("examples/smollm2-135m/train.yaml"),
     minutes: Annotated[
-        float, typer.Option(help="Training of each drafter, its start included.", min=0.001)
+        float,
+        typer.Option(
+            help="Training of each drafter, its start included, in minutes of processor time over all threads.",
+            min=0.001,
+        ),
     ] = 30.0,
     sweep_minutes: Annotated[
-        float, typer.Option(help="Sweep of each drafter, all its trials together.", min=0.001)
+        float,
+        typer.Option(help="Sweep of each drafter, all its trials together, likewise.", min=0.001),
     ] = 5.0,
     only: Annotated[
         list[str] | None,
@@ -57,6 +62,10 @@ def main(
             show_default="all",
         ),
     ] = None,
+    limit: Annotated[
+        int,
+        typer.Option(help="Answers to judge of each temperature, spread over the files.", min=1),
+    ] = 48,
     output: Annotated[Path, typer.Option(help="Folder of rivals.md and rivals.json.")] = Path(
         "benchmarks"
     ),
@@ -73,9 +82,8 @@ def main(
                 raise ComparisonError(
                     f"--only {name}: there is no such drafter, there are {', '.join(CONTESTANTS)}"
                 )
-        bench = prepare(
-            read_settings(["--config", str(settings)]), answers, minutes, sweep_minutes, console
-        )
+        chosen = read_settings(["--config", str(settings)])
+        bench = prepare(chosen, answers, limit, minutes, sweep_minutes, console)
         for name in only or CONTESTANTS:
             compare(bench, CONTESTANTS[name])
         for grid in write_report(bench.folder, output):
@@ -91,6 +99,7 @@ def main(
 def prepare(
     settings: TrainSettings,
     answers: list[Path],
+    limit: int,
     minutes: float,
     sweep_minutes: float,
     console: Console,
@@ -103,7 +112,7 @@ def prepare(
     folder = target_folder(settings.target)
     fingerprint = fingerprint_target(folder)
     target = FrozenTarget.load(folder, layer, getattr(torch, settings.dtype), settings.device)
-    judged = read_answers(folder, answers, target.vocab_size)
+    judged = spread_by_group(read_answers(folder, answers, target.vocab_size), limit)
     everything = Corpus(corpus.train + corpus.held_out, judged)
     prefixes = prefixes_of(settings, target, everything, fingerprint, Processes(), console)
     states = FinalStates(settings.work_folder / "states", target, prefixes, fingerprint)
@@ -153,6 +162,7 @@ def origin() -> Origin:
         command=shlex.join(["python", "-m", "benchmarks.rivals", *sys.argv[1:]]),
         commit=commit or "unknown",
         machine=f"{machine.model} ({machine.vector_set})",
+        threads=torch.get_num_threads(),
     )
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison: a sweep, a training of stated minutes and a judgement for each drafter, each kept when it is done.
 
-All drafters get the same trainer, batches, roots, loss, schedule, calibration and walks.
+All drafters get the same trainer, batches, roots, loss, schedule, calibration and walks. Minutes are of processor time,
+over all threads: what else the machine does meanwhile then takes nothing from a drafter.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Origin(_Part):
     command: str
     commit: str
     machine: str
+    threads: int
 
 
 class Training(_Part):
@@ -256,7 +258,7 @@ def run(
     config = _config(bench, choice, plan.steps)
     trainer = DraftTrainer(model, bench.train, config, folder)
     with _clock(folder) as clock:
-        trainer.run(lambda entry: clock.write(entry["seconds"]))
+        trainer.run(lambda entry: clock.write())
     write_atomically(folder / "weights.safetensors", save(_rounded(module)))
     kl = held_out_kl(model, bench.held_out, bench.config.seed)
     decay = bench.config.step_decay ** np.arange(len(kl))
@@ -280,9 +282,9 @@ def make_plan(
         config = _config(bench, choice, _WARM_STEPS + _TIMED_STEPS)
         trainer = DraftTrainer(model, bench.train, config, folder)
         for _ in range(config.steps):
-            began = time.perf_counter()
+            began = time.process_time()
             trainer.train_step()
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
     seconds = median(times[_WARM_STEPS:])
     counted = start_seconds if count_start else 0.0
     return Plan(
@@ -309,14 +311,14 @@ def started(bench: Bench, contestant: Contestant, start: str) -> tuple[nn.Module
     module = contestant.module(bench.sources)
     took, weights = folder / "seconds.json", folder / "weights.safetensors"
     if not took.is_file():
-        began = time.monotonic()
+        began = time.process_time()
         with progress_bar(bench.console) as progress:
             total = len(bench.train) * contestant.passes(start, bench.sources.steps)
             task = progress.add_task(f"{start} start", total=total)
             contestant.begin(
                 bench.sources, module, start, bench.train, lambda: progress.advance(task)
             )
-        seconds = time.monotonic() - began
+        seconds = time.process_time() - began
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(weights, save(_tensors(module)))
         write_atomically(took, json.dumps(seconds).encode())
@@ -338,14 +340,15 @@ def _rounded(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class _Clock:
-    """Seconds of training over all sittings; written as it goes, because a sitting may be killed."""
+    """Processor seconds of training over all sittings; written as it goes, because a sitting may be killed."""
 
     path: Path
     before: float
+    began: float
     seconds: float
 
-    def write(self, of_sitting: float) -> None:
-        self.seconds = self.before + of_sitting
+    def write(self) -> None:
+        self.seconds = self.before + time.process_time() - self.began
         write_atomically(self.path, json.dumps(self.seconds).encode())
 
 
@@ -353,12 +356,11 @@ class _Clock:
 def _clock(folder: Path) -> Iterator[_Clock]:
     path = folder / "seconds.json"
     before = float(json.loads(path.read_text())) if path.is_file() else 0.0
-    clock = _Clock(path, before, before)
-    began = time.monotonic()
+    clock = _Clock(path, before, time.process_time(), before)
     try:
         yield clock
     finally:
-        clock.write(time.monotonic() - began)
+        clock.write()
 
 
 @torch.no_grad()

@@ -176,7 +176,7 @@ def _page(grids: Sequence[Grid], rows: Sequence[Row]) -> str:
     origins = {training.origin for _, training, _ in rows}
     origins |= {judgement.origin for _, _, judgement in rows}
     sources = "\n".join(
-        f"- `{origin.command}` on {origin.machine}, commit {origin.commit}"
+        f"- `{origin.command}` on {origin.machine}, threads: {origin.threads}, commit {origin.commit}"
         for origin in sorted(origins, key=lambda origin: origin.command)
     )
     repeated = ""
@@ -194,16 +194,19 @@ Judged answers: {repeated}. They are the target's own, at most 96 tokens of each
 or calibrated on. "Top 1 by depth" of chained maps and of the EAGLE-style layer is given the tokens that came before.
 
 All drafters were trained by the same trainer with the same sequences and roots a step, the KL to the target's own
-distribution with weights 0.8 per depth, the same sampled vocabulary, AdamW and cosine, for the same minutes of wall
-time, which are the measured ones and hold the start; cheaper steps make more of them. Preparing the data (the target's
-states over the corpus, which every drafter reads from disk) is not counted. The learning rates were chosen on held-out
-rows, the temperatures fitted on held-out answers, and all weights rounded to bf16 before they were judged.
+distribution with weights 0.8 per depth, the same sampled vocabulary, AdamW and cosine, for the same minutes of
+processor time, which are the measured ones and hold the start; cheaper steps make more of them. Preparing the data
+(the target's states over the corpus, which every drafter reads from disk) is not counted. The learning rates were
+chosen on held-out rows, the temperatures fitted on held-out answers, and all weights rounded to bf16 before they were
+judged.
 
 Medusa heads (arXiv 2401.10774) draft from the last processed token alone and start at zero, as published, with the
 target's LM head for all. The EAGLE-style layer (arXiv 2401.15077) is one decoder layer of the target's kind that starts
 as a copy of its last one; with the start "ridge" its fc is fitted in closed form, as our maps are. It learns on its own
 predicted features over k steps (HASS, arXiv 2408.15766). Chained maps and the EAGLE-style layer expand the 8 most
 probable nodes of a level, each on its own path.
+
+Our one-pass maps stand here as transfer maps alone: the bigram re-weighting that the shipped ones carry comes on top.
 
 What drafting costs counts weights only: Medusa heads read the LM head once for all heads, one-pass maps read the upper
 layers and the LM head once, chained maps and the EAGLE-style layer read theirs k times. The keys and values that they

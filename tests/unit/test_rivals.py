@@ -231,7 +231,7 @@ def bench(tmp_path: Path, sources: Sources, examples: list[Example]) -> Bench:
         folder=tmp_path / "work",
         minutes=0.005,
         sweep_minutes=0.005,
-        origin=Origin(command="test", commit="0000000", machine="none"),
+        origin=Origin(command="test", commit="0000000", machine="none", threads=1),
         console=Console(quiet=True),
     )
 
