@@ -35,6 +35,7 @@ CHUNKED: dict[str, Any] = {
     "max_num_batched_tokens": 48,
     "enable_prefix_caching": True,
     "max_num_seqs": 4,
+    "num_gpu_blocks_override": 64,
 }
 BOTH_SCHEDULERS = pytest.mark.parametrize(
     "asynchronous",

@@ -31,6 +31,7 @@ def install() -> None:
     _give_libdevice_bodies()
     _use_torch_top_k_top_p()
     _patch_language_once()
+    _leave_out_idle_work()
     if os.environ.get(ASYNC_VARIABLE) == "1":
         _allow_async_scheduling()
 
@@ -138,6 +139,22 @@ def _patch_language_once() -> None:
         return kept
 
     interpreter._patch_lang = patch
+
+
+def _leave_out_idle_work() -> None:
+    """The interpreter computes an overflow check for each integer operation whose outcome it ignores outside debugging,
+    and builds a table for each look-up of a dtype: together half of all time."""
+    import functools
+
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    stock = interpreter._get_np_dtype
+    of_scalar = functools.cache(stock)
+    interpreter._get_np_dtype = lambda dtype: (
+        stock(dtype) if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
+    )
 
 
 def _after_import(module: str, act: Callable[[Any], None]) -> None:
