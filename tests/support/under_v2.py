@@ -12,15 +12,17 @@ import importlib
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[2]
 BED = Path(__file__).with_name("v2_bed")
+IMPORTED_ONCE = ["vllm.entrypoints.llm", "tests.support.engines"]
+"""Modules whose import takes longer than many a test. Plugins act later, in the process of the test."""
 
 Result = TypeVar("Result")
 
@@ -34,56 +36,70 @@ def under_v2(
 ) -> Result:
     """Call a module's function in a new process whose vLLM runs V2; arguments and result are pickled.
 
+    The processes are forked from a server of this process that has imported vLLM under the test bed.
+
     Args:
         async_scheduling: let vLLM keep async scheduling, which the CPU platform turns off.
         environment: more environment variables.
         seconds: how long it may take.
 
     Raises:
-        AssertionError: with the end of the child's output, where it fails.
-        subprocess.TimeoutExpired: where it takes longer.
+        AssertionError: with the end of the child's output, where it fails or takes longer.
     """
+    more = {"VLLM_V2_ON_CPU_ASYNC": str(int(async_scheduling)), **(environment or {})}
     with tempfile.TemporaryDirectory() as folder:
         call, answer, log = (Path(folder) / name for name in ("call", "answer", "log"))
         call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
-        with log.open("w") as output:
-            child = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(call), str(answer)],
-                env=_environment(async_scheduling, environment or {}),
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                status = child.wait(seconds)
-            finally:
-                # Tensor-parallel workers, if it left any.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-        assert status == 0, f"{function.__qualname__} failed under V2:\n{log.read_text()[-6000:]}"
+        child = _server().Process(target=_answer, args=(call, answer, log, more))
+        child.start()
+        child.join(seconds)
+        assert child.pid is not None
+        # Tensor-parallel workers, if it left any, and itself where it did not end.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+        said = log.read_text()[-6000:] if log.exists() else ""
+        assert child.exitcode == 0, f"{function.__qualname__} failed under V2:\n{said}"
         result: Result = pickle.loads(answer.read_bytes())
         return result
 
 
-def _environment(async_scheduling: bool, more: dict[str, str]) -> dict[str, str]:
+def _server() -> ForkServerContext:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    with _environment():
+        forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """The test bed's variables, for processes that are started meanwhile."""
     paths = [str(BED), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "VLLM_V2_ON_CPU": "1",
-        "VLLM_V2_ON_CPU_ASYNC": str(int(async_scheduling)),
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        **more,
-    }
+    before = dict(os.environ)
+    os.environ.update(
+        {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "VLLM_V2_ON_CPU": "1",
+            "VLLM_USE_V2_MODEL_RUNNER": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+    )
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def main(call: str, answer: str) -> None:
-    module, name, arguments = pickle.loads(Path(call).read_bytes())
+def _answer(call: Path, answer: Path, log: Path, environment: dict[str, str]) -> None:
+    """What the child does: from the file of the call to that of the answer."""
+    os.setsid()
+    os.chdir(ROOT)
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ.update(environment)
+    module, name, arguments = pickle.loads(call.read_bytes())
     result = getattr(importlib.import_module(module), name)(*arguments)
-    Path(answer).write_bytes(pickle.dumps(result))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answer.write_bytes(pickle.dumps(result))

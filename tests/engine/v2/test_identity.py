@@ -37,13 +37,7 @@ CHUNKED: dict[str, Any] = {
     "max_num_seqs": 4,
     "num_gpu_blocks_override": 64,
 }
-BOTH_SCHEDULERS = pytest.mark.parametrize(
-    "asynchronous",
-    [
-        pytest.param(True, id="async"),
-        pytest.param(False, id="sync", marks=pytest.mark.matrix),
-    ],
-)
+BOTH_SCHEDULERS = pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
 FEWER = "vllm_hidden_transfer.evaluation.planted:FewerNodesSource"
 
 
@@ -110,15 +104,8 @@ def compare_greedy(
     return found
 
 
-@pytest.mark.parametrize(
-    ("dtype", "asynchronous"),
-    [
-        pytest.param("float32", True, id="float32-async"),
-        pytest.param("bfloat16", False, id="bfloat16-sync"),
-        pytest.param("float32", False, id="float32-sync", marks=pytest.mark.matrix),
-        pytest.param("bfloat16", True, id="bfloat16-async", marks=pytest.mark.matrix),
-    ],
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@BOTH_SCHEDULERS
 def test_greedy(dtype: str, asynchronous: bool, tiny_target: Path, tmp_path: Path) -> None:
     found = under_v2(
         compare_greedy,

@@ -32,8 +32,7 @@ def install() -> None:
     _use_torch_top_k_top_p()
     _patch_language_once()
     _leave_out_idle_work()
-    if os.environ.get(ASYNC_VARIABLE) == "1":
-        _allow_async_scheduling()
+    _allow_async_scheduling()
 
 
 def _add_cpu_backend() -> None:
@@ -195,7 +194,7 @@ def _use_torch_top_k_top_p() -> None:
 
 
 def _allow_async_scheduling() -> None:
-    """The CPU platform forces async scheduling off; keep what the test asked for."""
+    """The CPU platform forces async scheduling off; where the variable says so, keep what the test asked for."""
 
     def act(module: Any) -> None:
         platform = module.CpuPlatform
@@ -204,7 +203,8 @@ def _allow_async_scheduling() -> None:
         def check_and_update_config(cls: Any, vllm_config: Any) -> None:
             wanted = vllm_config.scheduler_config.async_scheduling
             stock(cls, vllm_config)
-            vllm_config.scheduler_config.async_scheduling = wanted
+            if os.environ.get(ASYNC_VARIABLE) == "1":
+                vllm_config.scheduler_config.async_scheduling = wanted
 
         platform.check_and_update_config = classmethod(check_and_update_config)
 
