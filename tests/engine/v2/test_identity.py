@@ -120,10 +120,12 @@ def test_greedy(dtype: str, asynchronous: bool, tiny_target: Path, tmp_path: Pat
 
 
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+OFTEN = dict.fromkeys((5, 9, 17, 33, 65, 129), 6.0)
+"""Makes these so likely that they come again within a path: only then its own penalties matter."""
 ROWS: dict[str, dict[str, Any]] = {
     "cool": {"temperature": 0.7, "top_p": 0.9},
     "hot": {"temperature": 1.0, "top_p": 0.9, "top_k": 50},
-    "penalties": {"temperature": 0.7, **PENALTIES},
+    "penalties": {"temperature": 0.7, "logit_bias": OFTEN, **PENALTIES},
     "shaped": {
         "temperature": 0.8,
         "min_p": 0.05,
