@@ -196,7 +196,7 @@ def inspect(
     try:
         config, maps = load_checkpoint(checkpoint)
         console.print(checkpoint_table(checkpoint, config, maps))
-        print_study(checkpoint, console)
+        print_study(checkpoint, config, console)
     except (CheckpointError, ValueError) as error:
         raise _fail(error) from None
 

@@ -492,6 +492,13 @@ def test_eval_writes_what_inspect_shows(folders: dict[str, Path]) -> None:
     )
     assert shown.returncode == 0, shown.stderr
     assert length in shown.stdout
+    assert "make a new one" not in shown.stdout
+    config, maps = load_checkpoint(output)
+    tree = config.tree.model_copy(update={"node_budget": 4})
+    save_checkpoint(output, config.model_copy(update={"tree": tree}), maps)
+    changed = runner.invoke(app, ["inspect", str(output)])
+    assert "make a new one" in " ".join(changed.output.split())
+    save_checkpoint(output, config, maps)
     (output / "eval.json").write_text("{}")
     broken = runner.invoke(app, ["inspect", str(output)])
     assert broken.exit_code == 1
@@ -539,6 +546,7 @@ def test_a_checkpoint_for_other_weights_needs_the_override(
     assert "--allow-target-mismatch" in result.output
     result = runner.invoke(app, arguments(changed, "eval", *output, "--allow-target-mismatch"))
     assert result.exit_code == 0, result.output
+    assert "judged all the same" in " ".join(result.output.split())
     assert "trained for other weights" in (tmp_path / "out" / "eval.md").read_text()
 
 

@@ -42,8 +42,10 @@ def checkpoint_table(folder: Path, config: TransferConfig, maps: TransferMaps) -
     return table
 
 
-def print_study(folder: Path, console: Console) -> None:
+def print_study(folder: Path, config: TransferConfig, console: Console) -> None:
     """The tables of the study that lies in the folder (``eval.json``); nothing where there is none.
+
+    It says so where `tune` has changed the checkpoint's settings since.
 
     Raises:
         ValueError: the file cannot be used; the message is one sentence.
@@ -51,6 +53,13 @@ def print_study(folder: Path, console: Console) -> None:
     study = read_study(folder)
     if study is None:
         return
+    now = (list(config.calibration.temperatures), config.tree.node_budget)
+    if (study.temperatures, study.node_budget) != now:
+        console.print(
+            "\nThe study below was made with other temperatures or another node budget than the checkpoint has now: "
+            "make a new one with `vllm-hidden-transfer eval`.",
+            soft_wrap=True,
+        )
     for grid in study_grids(study):
         console.print()
         console.print(grid.rich())

@@ -106,7 +106,7 @@ def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
     """
     try:
         config, maps = load_checkpoint(request.checkpoint)
-        fingerprint = _check_target(request, config)
+        fingerprint = _check_target(request, config, console)
         examples = _read_examples(request, config.target.vocab_size, console)
         _check_cache(request.cache, fingerprint, config.transfer_layer)
         target = FrozenTarget.load(request.target, config.transfer_layer)
@@ -121,7 +121,7 @@ def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
     return Prepared(config, maps.float(), target, fingerprint, prefixes, answers)
 
 
-def _check_target(request: Request, config: TransferConfig) -> str:
+def _check_target(request: Request, config: TransferConfig, console: Console) -> str:
     """The target's fingerprint, when the checkpoint fits it."""
     path = request.target / "config.json"
     if not path.is_file():
@@ -135,12 +135,14 @@ def _check_target(request: Request, config: TransferConfig) -> str:
                 f"{request.target} has {found.get(name)}: train maps for this target."
             )
     fingerprint = fingerprint_target(request.target)
-    if fingerprint != config.target.fingerprint and not request.allow_target_mismatch:
-        raise JudgingError(
+    if fingerprint != config.target.fingerprint:
+        mismatch = (
             f"The checkpoint {request.checkpoint} was trained for other weights than those of "
-            f"{request.target}: train maps for this target, or judge all the same with "
-            "--allow-target-mismatch."
+            f"{request.target}: train maps for this target"
         )
+        if not request.allow_target_mismatch:
+            raise JudgingError(f"{mismatch}, or judge all the same with --allow-target-mismatch.")
+        console.print(f"{mismatch}; judged all the same.")
     return fingerprint
 
 
