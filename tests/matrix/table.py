@@ -26,6 +26,22 @@ BEGIN, END = "<!-- scope table: begin (make scope) -->", "<!-- scope table: end 
 
 Found = dict[str, dict[str, Any]]
 
+UNDER_V2 = {
+    "greedy, fp32 and bf16, async scheduling on and off": [
+        f"greedy-{scheduler}-{dtype}"
+        for scheduler in ("async", "sync")
+        for dtype in ("float32", "bfloat16")
+    ],
+    "seeded sampling with penalties, min_p, logprobs, async and sync": [
+        "seeded-async",
+        "seeded-sync",
+    ],
+    "preemption, and slots used again, async and sync": ["preemption-async", "preemption-sync"],
+    "tensor parallel 2 (mp)": ["tensor_parallel"],
+    "hidden-transfer drafts: those of V1, no waiting for the device": ["drafts"],
+}
+"""What the tests under V2 record, by the table's row."""
+
 
 def collect() -> Found:
     """What is in ``work/matrix/``, by case."""
@@ -76,6 +92,19 @@ def _ways_in(found: Found) -> Iterator[str]:
         yield _line(f"`{way}`", *_case(found, "way", way), "")
 
 
+def _runners(found: Found) -> Iterator[str]:
+    yield _line("V1 on a CPU", *_case(found, "default", "greedy"), "everything above")
+    for title, names in UNDER_V2.items():
+        cases = [_case(found, "v2", name) for name in names]
+        outcome = "works" if all(case[0] == "works" for case in cases) else "not run"
+        length = min((length for _, length in cases if length), key=float, default="")
+        note = "on a CPU under Triton's interpreter; never ran on a GPU"
+        yield _line(f"V2: {title}", outcome, length, note)
+    yield _line(
+        "V1 or V2 on a GPU", "not run", "", "refused: there is no tree attention for one yet"
+    )
+
+
 def _families(found: Found) -> Iterator[str]:
     for family in WORKING:
         yield _line(family, *_case(found, "family", family), "random checkpoint")
@@ -97,13 +126,15 @@ def render(results: dict[str, Any]) -> str:
         "request features": _requests(found),
         "engine features": _engines(found),
         "ways in": _ways_in(found),
+        "model runners": _runners(found),
         "model families": _families(found),
         "refused when the configuration is checked": _refusals(found),
     }
     lines = [
         f"Executed, not claimed: cases of `make matrix` on {results['machine']}, fp32. *works*: token ids, text, "
         "reasons to end, log-probabilities and ranks are those of the same vLLM without speculation. AL: acceptance "
-        "length with planted drafts of 16 nodes, which shows that trees took part; it says nothing about real drafts.",
+        "length with planted drafts of 16 nodes (8 to 16 under V2), which shows that trees took part; it says nothing "
+        "about real drafts.",
     ]
     for title, rows in parts.items():
         lines += ["", _line(title, "with trees", "AL", "notes"), "|---|---|---|---|", *rows]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.engine.v2 import VOCABULARY
+from tests.matrix.record import record
 from tests.support.engines import (
     PLANTED,
     Texts,
@@ -117,6 +118,8 @@ def test_greedy(dtype: str, asynchronous: bool, tiny_target: Path, tmp_path: Pat
         assert one.acceptance_length >= 2
         assert one.draft_tokens < 16 * one.drafts, "the scheduler cut no tree"
     assert found[1].prefix_hits > 0
+    name = f"greedy-{'async' if asynchronous else 'sync'}-{dtype}"
+    record("v2", name, "works", found[0].acceptance_length)
 
 
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
@@ -201,6 +204,8 @@ def test_a_seed_gives_the_text_of_no_speculation(
     for row, one in found.items():
         assert one.different == [], row
         assert one.acceptance_length >= (1.5 if row == "shaped" else 2), row
+    name = f"seeded-{'async' if asynchronous else 'sync'}"
+    record("v2", name, "works", found["cool"].acceptance_length)
 
 
 def compare_crowded(target: Path, answers: Path, asynchronous: bool) -> list[Found]:
@@ -235,6 +240,8 @@ def test_preemption_and_slots_used_again(
         assert one.different == []
         assert one.acceptance_length >= 1.5
     assert sum(one.preemptions for one in found) >= 10
+    name = f"preemption-{'async' if asynchronous else 'sync'}"
+    record("v2", name, "works", found[0].acceptance_length)
 
 
 def compare_tensor_parallel(target: Path, answers: Path) -> list[Found]:
@@ -261,3 +268,4 @@ def test_tensor_parallel(tiny_target: Path, tmp_path: Path) -> None:
     for one in found:
         assert one.different == []
         assert one.accepted_tokens > 0
+    record("v2", "tensor_parallel", "works", found[0].acceptance_length)

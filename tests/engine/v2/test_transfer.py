@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.engine.v2 import VOCABULARY
+from tests.matrix.record import record
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import Texts, counters_of, differences, engine, generate, random_prompts
 from tests.support.host_syncs import HostSyncs
@@ -145,6 +146,7 @@ def test_drafts_are_those_of_v1(
         assert_same_nodes(one.paths[key], two.paths[key], one.logits[key])
     assert two.syncs == []
     assert two.calls > 1000
+    record("v2", "drafts", "works")
 
 
 def assert_same_nodes(one: Paths, two: Paths, logits: np.ndarray) -> None:

@@ -32,7 +32,7 @@ def install() -> None:
     _use_torch_top_k_top_p()
     _patch_language_once()
     _leave_out_idle_work()
-    _allow_async_scheduling()
+    _change_the_platform()
 
 
 def _add_cpu_backend() -> None:
@@ -193,8 +193,9 @@ def _use_torch_top_k_top_p() -> None:
     _after_import("vllm.v1.sample.ops.topk_topp_sampler", act)
 
 
-def _allow_async_scheduling() -> None:
-    """The CPU platform forces async scheduling off; where the variable says so, keep what the test asked for."""
+def _change_the_platform() -> None:
+    """The CPU platform forces async scheduling off: where the variable says so, keep what the test asked for. It also
+    has workers import everything anew, which takes longer than the tests."""
 
     def act(module: Any) -> None:
         platform = module.CpuPlatform
@@ -203,6 +204,7 @@ def _allow_async_scheduling() -> None:
         def check_and_update_config(cls: Any, vllm_config: Any) -> None:
             wanted = vllm_config.scheduler_config.async_scheduling
             stock(cls, vllm_config)
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
             if os.environ.get(ASYNC_VARIABLE) == "1":
                 vllm_config.scheduler_config.async_scheduling = wanted
 
