@@ -186,9 +186,12 @@ def _page(grids: Sequence[Grid], rows: Sequence[Row]) -> str:
             f"{group.name}: {group.answers} answers, {group.chain.repeated:.0%} repeated 4-grams"
             for group in groups
         )
+    compared = [row[0] for row in rows]
+    missing = [each.title for each in CONTESTANTS.values() if each.title not in compared]
+    absent = f"Not run to the end yet: {'; '.join(missing)}.\n\n" if missing else ""
     return f"""# Transfer maps beside Medusa heads and an EAGLE-style layer
 
-{tables}
+{absent}{tables}
 
 Judged answers: {repeated}. They are the target's own, at most 96 tokens of each, to prompts that nobody was trained
 or calibrated on. "Top 1 by depth" of chained maps and of the EAGLE-style layer is given the tokens that came before.

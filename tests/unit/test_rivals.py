@@ -246,6 +246,9 @@ def test_the_comparison_from_sweep_to_page(bench: Bench, tmp_path: Path) -> None
     record = json.loads((tmp_path / "page" / "rivals.json").read_text())
     assert list(record) == ["token", "medusa", "eagle"]
     page = (tmp_path / "page" / "rivals.md").read_text()
+    absent = next(line for line in page.splitlines() if line.startswith("Not run to the end"))
+    assert CONTESTANTS["chained"].title in absent
+    assert CONTESTANTS["medusa"].title not in absent
     for name, found in record.items():
         assert CONTESTANTS[name].title in page
         trials, choice = found["sweep"], found["training"]["trial"]["plan"]["choice"]
