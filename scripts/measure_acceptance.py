@@ -81,7 +81,7 @@ def main(
     command = shlex.join(["python", *sys.argv])
     text = f"""# Acceptance length in the engine
 
-`{command}` on {machine.model} ({machine.vector_set}), {machine.dtype}.
+`{command}` on {machine}, {machine.dtype}.
 
 {len(questions)} prompts of `{prompts.name}`, used neither for training nor for calibration, at most 96 tokens,
 end of text respected, trees of {budget} nodes. Output tokens after the first per decode pass, summed over requests,

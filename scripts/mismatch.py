@@ -45,7 +45,7 @@ from rich.markdown import Markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_hidden_transfer.config import one_sentence
-from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
 from vllm_hidden_transfer.evaluation.preparation import (
     JudgingError,
     Prepared,
@@ -231,9 +231,9 @@ def compare(options: Options, console: Console) -> dict[str, Any]:
     machine = this_machine()
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "cpu": f"{machine.model} ({machine.vector_set})",
+        "cpu": str(machine),
         "threads": torch.get_num_threads(),
-        "commit": commit(),
+        "commit": this_commit(),
         "demo_maps": digest,
         "nodes": NODES,
         "answer_tokens": ANSWER_TOKENS,
@@ -542,18 +542,6 @@ def refusal(options: Options) -> str:
             f"the engine refused the mismatch in spite of the override: {error}"
         ) from error
     return said
-
-
-def commit() -> str:
-    """Short name of the checkout's commit, and whether tracked files differ from it."""
-
-    def ask(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", *arguments]
-        found = subprocess.run(command, check=False, capture_output=True, text=True)
-        return found.stdout.strip()
-
-    name = ask("rev-parse", "--short", "HEAD") or "unknown"
-    return f"{name}, with changes" if ask("status", "--porcelain", "-uno") else name
 
 
 def write_json(path: Path, found: Any) -> None:

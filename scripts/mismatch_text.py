@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from pydoc_data.topics import topics
 
+from vllm_hidden_transfer.evaluation.preparation import spread
+
 HELD_OUT_EVERY, HELD_OUT_FROM = 10, 6
 """Every tenth topic by name from the seventh on is held out: a tenth of the text that the others hardly repeat."""
 OPENING_WORDS = 30
@@ -40,8 +42,7 @@ def openings(held_out: dict[str, str], count: int) -> list[dict[str, str]]:
         for number, paragraph in enumerate(_paragraphs(text))
         if _is_prose(paragraph)
     ]
-    count = min(count, len(found))
-    return [found[number * len(found) // count] for number in range(count)]
+    return spread(found, count)
 
 
 def squeezed(text: str) -> str:

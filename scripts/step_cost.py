@@ -97,7 +97,7 @@ def main(
     machine = this_machine()
     dtype = machine.dtype
     console = Console()
-    described = f"{machine.model} ({machine.vector_set}), {dtype}, 2 threads"
+    described = f"{machine}, {dtype}, 2 threads"
     console.print(f"{described}, {'eager' if eager else 'compiled'}: {machine.dtype_reason}")
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)

@@ -184,7 +184,7 @@ def page(
     verdict = "at most" if max(found.values()) <= ALLOWED else "MORE THAN"
     return f"""# Memory of training
 
-`{shlex.join(["python", *sys.argv])}` on {machine.model} ({machine.vector_set}), {minutes:.0f} minutes.
+`{shlex.join(["python", *sys.argv])}` on {machine}, {minutes:.0f} minutes.
 
 {what}. GB are 10^9 bytes, resident, by the kernel's high-water mark.
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,18 +17,15 @@ from benchmarks.rivals.contestants import CONTESTANTS, Sources
 from benchmarks.rivals.report import write_report
 from benchmarks.rivals.states import FinalStates
 from vllm_hidden_transfer.config import one_sentence
-from vllm_hidden_transfer.evaluation.machine import this_machine
-from vllm_hidden_transfer.evaluation.preparation import progress_bar, spread_by_group
+from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
+from vllm_hidden_transfer.evaluation.preparation import progress_bar, read_answers, spread_by_group
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.data import DataError, read_corpus
+from vllm_hidden_transfer.training.data import DataError
 from vllm_hidden_transfer.training.parallel import Processes
 from vllm_hidden_transfer.training.run import Corpus, prefixes_of, read_data, target_folder
 from vllm_hidden_transfer.training.settings import TrainSettings, read_settings
 from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import InterruptedTraining
-
-_LONGEST, _SHORTEST = 2048, 2
 
 
 def main(
@@ -112,7 +108,10 @@ def prepare(
     folder = target_folder(settings.target)
     fingerprint = fingerprint_target(folder)
     target = FrozenTarget.load(folder, layer, getattr(torch, settings.dtype), settings.device)
-    judged = spread_by_group(read_answers(folder, answers, target.vocab_size), limit)
+    read = read_answers(folder, answers, target.vocab_size).examples
+    if not read:
+        raise ComparisonError("there is no answer to judge in what --answers names")
+    judged = spread_by_group(read, limit)
     everything = Corpus(corpus.train + corpus.held_out, judged)
     prefixes = prefixes_of(settings, target, everything, fingerprint, Processes(), console)
     states = FinalStates(settings.work_folder / "states", target, prefixes, fingerprint)
@@ -136,32 +135,12 @@ def prepare(
     )
 
 
-def read_answers(target: Path, paths: list[Path], vocab_size: int) -> list[Example]:
-    """The answers to judge on."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    read = read_corpus(
-        paths, tokenizer, max_tokens=_LONGEST, min_tokens=_SHORTEST, vocab_size=vocab_size
-    )
-    if not read.examples:
-        raise ComparisonError("there is no answer to judge in what --answers names")
-    return read.examples
-
-
 def origin() -> Origin:
     """This command, commit and machine."""
-    machine = this_machine()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=7"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return Origin(
         command=shlex.join(["python", "-m", "benchmarks.rivals", *sys.argv[1:]]),
-        commit=commit or "unknown",
-        machine=f"{machine.model} ({machine.vector_set})",
+        commit=this_commit(),
+        machine=str(this_machine()),
         threads=torch.get_num_threads(),
     )
 

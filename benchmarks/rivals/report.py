@@ -197,11 +197,11 @@ Judged answers: {repeated}. They are the target's own, at most 96 tokens of each
 or calibrated on. "Top 1 by depth" of chained maps and of the EAGLE-style layer is given the tokens that came before.
 
 All drafters were trained by the same trainer with the same sequences and roots a step, the KL to the target's own
-distribution with weights 0.8 per depth, the same sampled vocabulary, AdamW and cosine, for the same minutes of
-processor time, which are the measured ones and hold the start; cheaper steps make more of them. Preparing the data
-(the target's states over the corpus, which every drafter reads from disk) is not counted. The learning rates were
-chosen on held-out rows, the temperatures fitted on held-out answers, and all weights rounded to bf16 before they were
-judged.
+distribution with weights 0.8 per depth, the same sampled vocabulary, AdamW and cosine. As many steps as fit into the
+same minutes of processor time were planned from eleven of them, so cheaper steps make more of them; the table has the
+minutes that it took, start included. Preparing the data (the target's states over the corpus, which every drafter
+reads from disk) is not counted. The learning rates were chosen on held-out rows, the temperatures fitted on held-out
+answers, and all weights rounded to bf16 before they were judged.
 
 Medusa heads (arXiv 2401.10774) draft from the last processed token alone and start at zero, as published, with the
 target's LM head for all. The EAGLE-style layer (arXiv 2401.15077) is one decoder layer of the target's kind that starts

@@ -61,6 +61,14 @@ def _case(found: Found, setting: str, row: str) -> tuple[str, str]:
     return case["outcome"], "" if length is None else f"{length:.1f}"
 
 
+def _together(cases: list[tuple[str, str]]) -> tuple[str, str]:
+    """One outcome and the least acceptance length of several cases."""
+    outcomes = {outcome for outcome, _ in cases if outcome != "falls back"}
+    outcome = outcomes.pop() if len(outcomes) == 1 else "not run"
+    lengths = [length for _, length in cases if length and float(length) > 1]
+    return outcome, min(lengths, key=float, default="")
+
+
 def _requests(found: Found) -> Iterator[str]:
     default = next(setting for setting in SETTINGS if setting.name == "default")
     for name in default.rows:
@@ -72,15 +80,11 @@ def _requests(found: Found) -> Iterator[str]:
 def _engines(found: Found) -> Iterator[str]:
     for setting in SETTINGS:
         cases = [_case(found, setting.name, row) for row in setting.rows]
-        outcomes = {outcome for outcome, _ in cases if outcome != "falls back"}
-        outcome = outcomes.pop() if len(outcomes) == 1 else "not run"
         asked = [BY_NAME[row].title for row in setting.rows]
         what = "all of the above" if len(asked) > 8 else "; ".join(asked)
-        lengths = [length for _, length in cases if length and float(length) > 1]
         yield _line(
             setting.title,
-            outcome,
-            min(lengths, key=float, default=""),
+            *_together(cases),
             f"asked with: {what}" + (f". {setting.note}" if setting.note else ""),
         )
 
@@ -96,10 +100,8 @@ def _runners(found: Found) -> Iterator[str]:
     yield _line("V1 on a CPU", *_case(found, "default", "greedy"), "everything above")
     for title, names in UNDER_V2.items():
         cases = [_case(found, "v2", name) for name in names]
-        outcome = "works" if all(case[0] == "works" for case in cases) else "not run"
-        length = min((length for _, length in cases if length), key=float, default="")
         note = "on a CPU under Triton's interpreter; never ran on a GPU"
-        yield _line(f"V2: {title}", outcome, length, note)
+        yield _line(f"V2: {title}", *_together(cases), note)
     yield _line(
         "V1 or V2 on a GPU", "not run", "", "refused: there is no tree attention for one yet"
     )
@@ -154,7 +156,7 @@ def main() -> None:
     new = collect()
     if new:
         machine = this_machine()
-        results["machine"] = f"{machine.model} ({machine.vector_set})"
+        results["machine"] = str(machine)
     results["cases"] = dict(sorted({**results["cases"], **new}.items()))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     README.write_text(with_table(README.read_text(), render(results)))

@@ -13,11 +13,12 @@ import os
 import pickle
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 BED = Path(__file__).with_name("v2_bed")
@@ -52,12 +53,15 @@ def under_v2(
         call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, arguments)))
         child = _server().Process(target=_answer, args=(call, answer, log, more))
         child.start()
-        child.join(seconds)
         assert child.pid is not None
-        # Tensor-parallel workers, if it left any, and itself where it did not end.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.join()
+        try:
+            child.join(seconds)
+        finally:
+            # Itself where it did not end, and tensor-parallel workers, if it left any.
+            child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.join()
         said = log.read_text()[-6000:] if log.exists() else ""
         assert child.exitcode == 0, f"{function.__qualname__} failed under V2:\n{said}"
         result: Result = pickle.loads(answer.read_bytes())
@@ -65,31 +69,19 @@ def under_v2(
 
 
 def _server() -> ForkServerContext:
+    """Starts the server once; what it imports and forks sees the test bed's variables."""
     context = get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_ONCE)
-    with _environment():
+    paths = [str(BED), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "VLLM_V2_ON_CPU": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    with mock.patch.dict(os.environ, variables):
         forkserver.ensure_running()
     return context
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """The test bed's variables, for processes that are started meanwhile."""
-    paths = [str(BED), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    before = dict(os.environ)
-    os.environ.update(
-        {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "VLLM_V2_ON_CPU": "1",
-            "VLLM_USE_V2_MODEL_RUNNER": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }
-    )
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _answer(call: Path, answer: Path, log: Path, environment: dict[str, str]) -> None:

@@ -347,7 +347,7 @@ def run_demo(settings: Settings, console: Console) -> None:
         vllm_version = engines[HIDDEN].vllm_version
     _report(answers, counters, settings, console)
     console.print(
-        f"$ {settings.command}\n{machine.model} ({machine.vector_set}), {threads} threads, "
+        f"$ {settings.command}\n{machine}, {threads} threads, "
         f"vLLM {vllm_version}, {machine.dtype}, {'both eager' if settings.eager else 'both compiled'}, "
         f"{time.monotonic() - start:.0f} s in all",
         soft_wrap=True,

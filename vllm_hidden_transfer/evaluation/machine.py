@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kind of CPU this is, and which dtype is fast on it. Every printed figure names its machine."""
+"""Which CPU and commit this is, and which dtype is fast on it. Every printed figure names its machine."""
 
 import os
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,9 @@ class Machine:
                 return flag
         return "no AVX2"
 
+    def __str__(self) -> str:
+        return f"{self.model} ({self.vector_set})"
+
 
 def parse_cpuinfo(cpuinfo: str, cores: int) -> Machine:
     """Read /proc/cpuinfo; its first processor stands for all."""
@@ -50,3 +54,10 @@ def parse_cpuinfo(cpuinfo: str, cores: int) -> Machine:
 
 def this_machine() -> Machine:
     return parse_cpuinfo(Path("/proc/cpuinfo").read_text(), len(os.sched_getaffinity(0)))
+
+
+def this_commit() -> str:
+    """Short name of the checkout's commit in the current folder, with "-dirty" where tracked files differ from it."""
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=7"]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,12 +25,14 @@ from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
 from vllm_hidden_transfer.evaluation.study import group_name, judged_answers
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
-from vllm_hidden_transfer.training.data import DataError, read_corpus
+from vllm_hidden_transfer.training.data import Corpus, DataError, read_corpus
 from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps, load_checkpoint
 
 _LONGEST = 2048
 _SHORTEST = 2
+
+Item = TypeVar("Item")
 
 
 class JudgingError(Exception):
@@ -146,17 +149,22 @@ def _check_target(request: Request, config: TransferConfig, console: Console) ->
     return fingerprint
 
 
-def _read_examples(request: Request, vocab_size: int, console: Console) -> list[Example]:
+def read_answers(target: Path, paths: Sequence[Path], vocab_size: int) -> Corpus:
+    """Answers and texts to judge on, as the target's tokenizer splits them.
+
+    Raises:
+        DataError: a file cannot be used.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(request.target)
-    corpus = read_corpus(
-        request.data,
-        tokenizer,
-        max_tokens=_LONGEST,
-        min_tokens=_SHORTEST,
-        vocab_size=vocab_size,
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    return read_corpus(
+        paths, tokenizer, max_tokens=_LONGEST, min_tokens=_SHORTEST, vocab_size=vocab_size
     )
+
+
+def _read_examples(request: Request, vocab_size: int, console: Console) -> list[Example]:
+    corpus = read_answers(request.target, request.data, vocab_size)
     for reason, count in corpus.left_out.items():
         console.print(f"{count} left out: {reason}")
     examples = [e for e in corpus.examples if not request.held_out or is_held_out(e)]
@@ -175,12 +183,13 @@ def spread_by_group(examples: Sequence[Example], limit: int) -> list[Example]:
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(group_name(example.temperature), []).append(example)
-    return [
-        group[number * len(group) // count]
-        for group in groups.values()
-        for count in [min(limit, len(group))]
-        for number in range(count)
-    ]
+    return [example for group in groups.values() for example in spread(group, limit)]
+
+
+def spread(items: Sequence[Item], limit: int) -> list[Item]:
+    """At most `limit` items, evenly spread, in their order."""
+    count = min(limit, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def _shortened(example: Example, max_tokens: int) -> Example:

@@ -264,7 +264,7 @@ def provenance(
     data = hashlib.sha256("".join(answer.example.digest for answer in answers).encode())
     return Provenance(
         command=command,
-        machine=f"{machine.model} ({machine.vector_set})",
+        machine=str(machine),
         versions={"python": platform.python_version(), **versions},
         target=target.name,
         target_fingerprint=target_fingerprint,

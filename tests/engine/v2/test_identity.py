@@ -38,7 +38,7 @@ CHUNKED: dict[str, Any] = {
     "max_num_seqs": 4,
     "num_gpu_blocks_override": 64,
 }
-BOTH_SCHEDULERS = pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+BOTH_SCHEDULERS = pytest.mark.parametrize("scheduler", ["async", "sync"])
 FEWER = "vllm_hidden_transfer.evaluation.planted:FewerNodesSource"
 
 
@@ -107,7 +107,8 @@ def compare_greedy(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @BOTH_SCHEDULERS
-def test_greedy(dtype: str, asynchronous: bool, tiny_target: Path, tmp_path: Path) -> None:
+def test_greedy(dtype: str, scheduler: str, tiny_target: Path, tmp_path: Path) -> None:
+    asynchronous = scheduler == "async"
     found = under_v2(
         compare_greedy,
         *(tiny_target, tmp_path / "answers.json", dtype, asynchronous, 8, 64),
@@ -118,8 +119,7 @@ def test_greedy(dtype: str, asynchronous: bool, tiny_target: Path, tmp_path: Pat
         assert one.acceptance_length >= 2
         assert one.draft_tokens < 16 * one.drafts, "the scheduler cut no tree"
     assert found[1].prefix_hits > 0
-    name = f"greedy-{'async' if asynchronous else 'sync'}-{dtype}"
-    record("v2", name, "works", found[0].acceptance_length)
+    record("v2", f"greedy-{scheduler}-{dtype}", "works", found[0].acceptance_length)
 
 
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
@@ -193,8 +193,9 @@ def compare_sampled(target: Path, answers: Path, asynchronous: bool) -> dict[str
 
 @BOTH_SCHEDULERS
 def test_a_seed_gives_the_text_of_no_speculation(
-    asynchronous: bool, tiny_target: Path, tmp_path: Path
+    scheduler: str, tiny_target: Path, tmp_path: Path
 ) -> None:
+    asynchronous = scheduler == "async"
     found = under_v2(
         compare_sampled,
         *(tiny_target, tmp_path / "answers.json", asynchronous),
@@ -204,8 +205,7 @@ def test_a_seed_gives_the_text_of_no_speculation(
     for row, one in found.items():
         assert one.different == [], row
         assert one.acceptance_length >= (1.5 if row == "shaped" else 2), row
-    name = f"seeded-{'async' if asynchronous else 'sync'}"
-    record("v2", name, "works", found["cool"].acceptance_length)
+    record("v2", f"seeded-{scheduler}", "works", found["cool"].acceptance_length)
 
 
 def compare_crowded(target: Path, answers: Path, asynchronous: bool) -> list[Found]:
@@ -228,9 +228,8 @@ def compare_crowded(target: Path, answers: Path, asynchronous: bool) -> list[Fou
 
 
 @BOTH_SCHEDULERS
-def test_preemption_and_slots_used_again(
-    asynchronous: bool, tiny_target: Path, tmp_path: Path
-) -> None:
+def test_preemption_and_slots_used_again(scheduler: str, tiny_target: Path, tmp_path: Path) -> None:
+    asynchronous = scheduler == "async"
     found = under_v2(
         compare_crowded,
         *(tiny_target, tmp_path / "answers.json", asynchronous),
@@ -240,8 +239,7 @@ def test_preemption_and_slots_used_again(
         assert one.different == []
         assert one.acceptance_length >= 1.5
     assert sum(one.preemptions for one in found) >= 10
-    name = f"preemption-{'async' if asynchronous else 'sync'}"
-    record("v2", name, "works", found[0].acceptance_length)
+    record("v2", f"preemption-{scheduler}", "works", found[0].acceptance_length)
 
 
 def compare_tensor_parallel(target: Path, answers: Path) -> list[Found]:
