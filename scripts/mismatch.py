@@ -56,8 +56,8 @@ from vllm_hidden_transfer.evaluation.preparation import (
 from vllm_hidden_transfer.evaluation.study import draft_with_maps, maps_drafter, measured
 from vllm_hidden_transfer.evaluation.walks import walk
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
-from vllm_hidden_transfer.training.data import DataError
 from vllm_hidden_transfer.training.parallel import Processes
+from vllm_hidden_transfer.training.rows import DataError
 from vllm_hidden_transfer.training.run import prefixes_of, read_data
 from vllm_hidden_transfer.training.settings import TrainSettings
 from vllm_hidden_transfer.training.target import FrozenTarget

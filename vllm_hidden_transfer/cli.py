@@ -131,7 +131,7 @@ def generate(
     from pydantic import ValidationError
 
     from vllm_hidden_transfer.training import generate as generating
-    from vllm_hidden_transfer.training.data import DataError, first_problem
+    from vllm_hidden_transfer.training.rows import DataError, first_problem
 
     options = {
         "target": target,

@@ -20,8 +20,8 @@ from vllm_hidden_transfer.config import one_sentence
 from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
 from vllm_hidden_transfer.evaluation.preparation import progress_bar, read_answers, spread_by_group
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
-from vllm_hidden_transfer.training.data import DataError
 from vllm_hidden_transfer.training.parallel import Processes
+from vllm_hidden_transfer.training.rows import DataError
 from vllm_hidden_transfer.training.run import Corpus, prefixes_of, read_data, target_folder
 from vllm_hidden_transfer.training.settings import TrainSettings, read_settings
 from vllm_hidden_transfer.training.target import FrozenTarget

@@ -19,7 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.models import add_tokenizer
 from vllm_hidden_transfer.training.cache import Example, is_held_out
-from vllm_hidden_transfer.training.data import Corpus, DataError, mix, read_corpus
+from vllm_hidden_transfer.training.data import Corpus, read_corpus
+from vllm_hidden_transfer.training.mixture import mix
+from vllm_hidden_transfer.training.rows import DataError
 
 VOCABULARY = 400
 TEMPLATE = (

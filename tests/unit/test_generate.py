@@ -19,16 +19,14 @@ from typer.testing import CliRunner
 from tests.support.models import add_tokenizer, random_model
 from vllm_hidden_transfer.cli import app
 from vllm_hidden_transfer.training.cache import read_examples
-from vllm_hidden_transfer.training.data import DataError
 from vllm_hidden_transfer.training.generate import (
     GenerateError,
     GenerateSettings,
-    Request,
     answered,
     generate,
-    read_prompts,
-    requests_of,
 )
+from vllm_hidden_transfer.training.prompts import Request, read_prompts, requests_of
+from vllm_hidden_transfer.training.rows import DataError
 
 VOCABULARY = 400
 QUESTIONS = [f"What is {n} times {n}?" for n in range(7)]
@@ -207,7 +205,10 @@ def test_prompts_of_all_kinds(tmp_path: Path, target: Path) -> None:
         ("b.jsonl#3", "chat"),
     ]
     settings = GenerateSettings(target="any", prompts=(tmp_path,), output=tmp_path)
-    texts = [tokenizer.decode(r.tokens) for r in requests_of(prompts, tokenizer, settings)]
+    texts = [
+        tokenizer.decode(r.tokens)
+        for r in requests_of(prompts, tokenizer, settings.temperatures, settings.seed)
+    ]
     assert texts == [
         "user: First?\nassistant: ",
         "user: Third?\nassistant: ",
@@ -216,10 +217,10 @@ def test_prompts_of_all_kinds(tmp_path: Path, target: Path) -> None:
         "user: Who?\nassistant: ",
     ]
     tokenizer.chat_template = None
-    plain = requests_of(prompts[:1], tokenizer, settings)
+    plain = requests_of(prompts[:1], tokenizer, settings.temperatures, settings.seed)
     assert tokenizer.decode(plain[0].tokens) == "First?"
     assert "no chat template" in refused(
-        DataError, lambda: requests_of(prompts, tokenizer, settings)
+        DataError, lambda: requests_of(prompts, tokenizer, settings.temperatures, settings.seed)
     )
 
 

@@ -25,7 +25,8 @@ from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
 from vllm_hidden_transfer.evaluation.study import group_name, judged_answers
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
-from vllm_hidden_transfer.training.data import Corpus, DataError, read_corpus
+from vllm_hidden_transfer.training.data import Corpus, read_corpus
+from vllm_hidden_transfer.training.rows import DataError
 from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps, load_checkpoint
 

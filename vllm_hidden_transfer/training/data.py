@@ -3,21 +3,28 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_hidden_transfer.config import one_sentence
 from vllm_hidden_transfer.training.cache import TURN, Example
+from vllm_hidden_transfer.training.chat import Message, render_chat
+from vllm_hidden_transfer.training.rows import (
+    DataError,
+    UnfinishedLineError,
+    dataset_rows,
+    first_problem,
+    is_saved_dataset,
+    json_lines,
+    parquet_rows,
+    source_labels,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,24 +33,12 @@ ABOUT_SUFFIX = ".about.json"
 """What `generate` lays beside the file that it writes; not data."""
 
 _JSON_LINES = (".jsonl", ".json")
-_NEEDS_EXTRA = "install what reads it with `pip install 'vllm-hidden-transfer[data]'`."
 _WANTED = (
     "text, or messages, or id, kind, temperature, prompt and answer as `generate` writes them "
     "(prompt and answer are lists of token ids)"
 )
 # Chat models name the end of a turn as their eos token; documents end with another one.
 _DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")
-
-
-class DataError(Exception):
-    """The data cannot be used; the message is one sentence."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(one_sentence(message))
-
-
-class _UnfinishedLineError(DataError):
-    """The last line of a file has no end and is not valid JSON: somebody is writing it, or was killed."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +52,6 @@ class Corpus:
 
 class _Row(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class Message(_Row):
-    """What every chat message needs; templates may know more keys."""
-
-    role: Annotated[str, Field(min_length=1)]
-    content: str
 
 
 class _Chat(_Row):
@@ -117,140 +105,6 @@ def read_corpus(
     return reader.finish(paths)
 
 
-def mix(own: Sequence[Example], other: Sequence[Example], share: float, seed: int) -> list[Example]:
-    """Examples of both, so that `own` has `share` (0 to 1) of the taught tokens; in the given order, own first.
-
-    One side is kept whole and of the other a part is drawn, as near to the share as whole examples allow.
-
-    Raises:
-        DataError: the share is out of range, or a side that must have a part is empty.
-    """
-    if not 0 <= share <= 1:
-        raise DataError(f"the share of the target's own answers is {share}, but must be 0 to 1.")
-    if share > 0 and not own:
-        raise DataError(
-            f"the target's own answers shall be {share:.0%} of what is taught and there are none: "
-            "write some with `vllm-hidden-transfer generate` or set the share to 0."
-        )
-    if share < 1 and not other:
-        raise DataError(
-            f"the target's own answers shall be {share:.0%} of what is taught and there is "
-            "nothing else: add other data or set the share to 1."
-        )
-    if share in (0, 1):
-        return list(own if share else other)
-    own_tokens, other_tokens = _taught(own), _taught(other)
-    if own_tokens * (1 - share) > other_tokens * share:
-        own = _draw(own, other_tokens * share / (1 - share), seed)
-    else:
-        other = _draw(other, own_tokens * (1 - share) / share, seed)
-    return [*own, *other]
-
-
-def source_labels(paths: Sequence[str | Path]) -> list[str]:
-    """A name for each path that stands in ids: its last part, numbered where several have the same.
-
-    Raises:
-        DataError: a path is given twice.
-    """
-    labels: list[str] = []
-    names: Counter[str] = Counter()
-    seen: set[Path] = set()
-    for path in paths:
-        resolved = Path(path).resolve()
-        if resolved in seen:
-            raise DataError(f"{path} is given twice: name it once.")
-        seen.add(resolved)
-        names[resolved.name] += 1
-        number = names[resolved.name]
-        labels.append(resolved.name if number == 1 else f"{resolved.name}~{number}")
-    return labels
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number (from 1) and object of every line that is not blank.
-
-    Raises:
-        DataError: a line is no JSON object.
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _object(line, f"line {number} of {path}")
-
-
-def first_problem(error: ValidationError) -> str:
-    """Where the first mistake is and what it is."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the whole"
-    return f"{where}: {first['msg']}"
-
-
-def render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
-    where: str,
-    *,
-    generation_prompt: bool,
-) -> list[int]:
-    """Token ids of messages in the tokenizer's chat template; `where` names them in errors.
-
-    Raises:
-        DataError: there is no template, or it refuses the messages.
-    """
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{where} has chat messages and the target's tokenizer has no chat template: "
-            "give text, or a target that was made for chat."
-        )
-    try:
-        ids = tokenizer.apply_chat_template(
-            list(messages),
-            add_generation_prompt=generation_prompt,
-            tokenize=True,
-            return_dict=False,
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(
-            f"the chat template refuses {where} ({error}): mend or remove it."
-        ) from error
-    return [int(token) for token in ids]
-
-
-def _taught(examples: Iterable[Example]) -> int:
-    return sum(len(example.answer) for example in examples)
-
-
-def _draw(examples: Sequence[Example], tokens: float, seed: int) -> list[Example]:
-    """Some of the examples, in their order, that teach about so many tokens."""
-    order = list(range(len(examples)))
-    random.Random(seed).shuffle(order)
-    chosen, missing = [], tokens
-    for index in order:
-        length = len(examples[index].answer)
-        if length < 2 * missing:  # nearer with it than without it
-            chosen.append(index)
-            missing -= length
-    return [examples[index] for index in sorted(chosen)]
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        if not line.endswith(b"\n"):
-            raise _UnfinishedLineError(
-                f"{where}, the last one, is cut short: remove it."
-            ) from error
-        raise DataError(
-            f"{where} is not valid JSON ({error}): every line must hold one JSON object."
-        ) from error
-    if not isinstance(found, dict):
-        raise DataError(f"{where} holds no JSON object: every line must hold one.")
-    return found
-
-
 def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that the tokenizer puts before every text, where it does: pieces begin as prompts do."""
     ids = list(tokenizer("a")["input_ids"])
@@ -267,54 +121,6 @@ def _document_end(tokenizer: PreTrainedTokenizerBase) -> int:
             "eos_token or train on messages."
         )
     return int(ends[0])
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    single = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    return single or (folder / "dataset_dict.json").is_file()
-
-
-def _column(names: Sequence[str], path: Path) -> str:
-    """The column to read: messages tell what to teach, so they win."""
-    for name in ("messages", "text"):
-        if name in names:
-            return name
-    raise DataError(
-        f"{path} has the columns {sorted(names)}, but needs one named text or messages: rename it."
-    )
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise DataError(f"{path} is a Parquet file: {_NEEDS_EXTRA}") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            column = _column(file.schema_arrow.names, path)
-            for batch in file.iter_batches(columns=[column]):
-                yield from batch.to_pylist()
-    except ArrowException as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error}).") from error
-
-
-def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{path} is a saved Hugging Face dataset: {_NEEDS_EXTRA}") from error
-    try:
-        found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as a saved dataset ({error}).") from error
-    if isinstance(found, datasets.DatasetDict):
-        if "train" not in found:
-            raise DataError(
-                f"the dataset {path} has the splits {sorted(found)} and no train: name the folder "
-                "of one of them."
-            )
-        found = found["train"]
-    yield from found.select_columns([_column(found.column_names, path)])
 
 
 class _Reader:
@@ -345,7 +151,7 @@ class _Reader:
     def read(self, label: str, path: Path, *, named: bool) -> None:
         """A file or folder; one that the user `named` himself must be readable, others may be anything."""
         try:
-            if path.is_dir() and not _is_saved_dataset(path):
+            if path.is_dir() and not is_saved_dataset(path):
                 self._folder(label, path)
             elif path.exists():
                 self._file(label, path, named)
@@ -377,9 +183,9 @@ class _Reader:
 
     def _file(self, label: str, path: Path, named: bool) -> None:
         if path.is_dir():
-            self._rows(label, path, enumerate(_dataset_rows(path), 1))
+            self._rows(label, path, enumerate(dataset_rows(path), 1))
         elif path.suffix == ".parquet":
-            self._rows(label, path, enumerate(_parquet_rows(path), 1))
+            self._rows(label, path, enumerate(parquet_rows(path), 1))
         elif path.suffix in _JSON_LINES:
             self._rows(label, path, json_lines(path), "line")
         else:
@@ -410,7 +216,7 @@ class _Reader:
                 fits.update(
                     self._row(f"{label}#{number}", label, f"{unit} {number} of {path}", row)
                 )
-        except _UnfinishedLineError:
+        except UnfinishedLineError:
             self._left_out["last lines cut short"] += 1
         if fits[False]:
             self._left_out["turns that the chat template does not set apart"] += fits[False]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +18,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
-    model_validator,
 )
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,15 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_hidden_transfer.config import one_sentence
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.data import (
-    ABOUT_SUFFIX,
-    DataError,
-    Message,
-    first_problem,
-    json_lines,
-    render_chat,
-    source_labels,
-)
+from vllm_hidden_transfer.training.data import ABOUT_SUFFIX
+from vllm_hidden_transfer.training.prompts import Request, read_prompts, requests_of
+from vllm_hidden_transfer.training.rows import first_problem
 from vllm_hidden_transfer.transfer import write_atomically
 
 if TYPE_CHECKING:
@@ -87,47 +80,10 @@ class GenerateSettings(BaseModel):
     limit: PositiveInt | None = Field(default=None, description="answer only the first prompts")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt; `content` is text or chat messages."""
-
-    id: str
-    kind: str
-    content: str | list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt as the engine gets it."""
-
-    id: str
-    kind: str
-    temperature: float
-    seed: int
-    tokens: list[int]
-
-
 Answer = Callable[[Sequence[Request]], list[list[int]]]
 """Token ids of the answers to a batch."""
 Start = Callable[[GenerateSettings, int], Answer]
 """Starts an engine for settings and the longest sequence in tokens."""
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _PromptRow(_Row):
-    id: Annotated[str, Field(min_length=1)] | None = None
-    kind: str = "chat"
-    prompt: Annotated[str, Field(pattern=r"\S")] | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _has_one(self) -> _PromptRow:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("one of prompt and messages must be given")
-        return self
 
 
 class _About(BaseModel):
@@ -140,53 +96,6 @@ class _About(BaseModel):
     temperatures: tuple[float, ...]
     seed: int
     max_tokens: int
-
-
-def read_prompts(paths: Sequence[Path]) -> list[Prompt]:
-    """Prompts of .jsonl and .txt files, in their order; without an id of its own a prompt is FILE#LINE.
-
-    Raises:
-        DataError: a file is missing or not of this form, or an id comes twice.
-    """
-    prompts: dict[str, Prompt] = {}
-    for label, path in zip(source_labels(paths), paths, strict=True):
-        try:
-            for prompt in _prompts_of(label, path):
-                if prompt.id in prompts:
-                    raise DataError(
-                        f"the prompt id {prompt.id!r} comes twice: rename one (in {path})."
-                    )
-                prompts[prompt.id] = prompt
-        except OSError as error:
-            raise DataError(
-                f"the prompts {path} cannot be read ({error.strerror or error})."
-            ) from error
-    if not prompts:
-        raise DataError(f"there is no prompt in {', '.join(map(str, paths))}: give some.")
-    return list(prompts.values())
-
-
-def requests_of(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, settings: GenerateSettings
-) -> list[Request]:
-    """What to ask the engine: the i-th prompt at `temperatures[i % n]` with its own seed.
-
-    A prompt that is text becomes the user's message where the tokenizer has a chat template, and is continued as it is
-    where it has none.
-
-    Raises:
-        DataError: messages without a template, or the template refuses them.
-    """
-    return [
-        Request(
-            id=prompt.id,
-            kind=prompt.kind,
-            temperature=settings.temperatures[number % len(settings.temperatures)],
-            seed=settings.seed + number,
-            tokens=_tokens_of(prompt, tokenizer),
-        )
-        for number, prompt in enumerate(prompts)
-    ]
 
 
 def answered(output: Path) -> dict[str, list[int]]:
@@ -227,7 +136,8 @@ def generate(settings: GenerateSettings, console: Console, start: Start | None =
     """
     prompts = read_prompts(settings.prompts)[: settings.limit]
     try:
-        requests = requests_of(prompts, _load_tokenizer(settings.target), settings)
+        tokenizer = _load_tokenizer(settings.target)
+        requests = requests_of(prompts, tokenizer, settings.temperatures, settings.seed)
         done = _continue(settings)
         missing = [request for request in requests if not _is_done(request, done, settings)]
         console.print(
@@ -306,50 +216,6 @@ def answer_with(llm: Any, settings: GenerateSettings) -> Answer:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return answer
-
-
-def _prompts_of(label: str, path: Path) -> Iterator[Prompt]:
-    if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"the prompts {path} are not UTF-8 text: convert the file.") from error
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield Prompt(f"{label}#{number}", "chat", line.strip())
-    elif path.suffix == ".jsonl":
-        for number, row in json_lines(path):
-            yield _prompt(f"{label}#{number}", f"line {number} of {path}", row)
-    else:
-        raise DataError(f"the prompts {path} are neither .jsonl nor .txt by their name: rename it.")
-
-
-def _prompt(default_id: str, where: str, row: dict[str, Any]) -> Prompt:
-    try:
-        found = _PromptRow.model_validate(row)
-    except ValidationError as error:
-        raise DataError(
-            f"{where} is not valid, {first_problem(error)}; it needs prompt or messages and may have id and kind."
-        ) from error
-    content: str | list[dict[str, str]] = found.prompt or ""
-    if found.messages is not None:
-        messages = list(row["messages"])
-        # An answer at the end is somebody else's: the target writes its own.
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not messages:
-            raise DataError(f"{where} has no message before the assistant's: remove it.")
-        content = messages
-    return Prompt(found.id or default_id, found.kind, content)
-
-
-def _tokens_of(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if isinstance(prompt.content, str) and not tokenizer.chat_template:
-        return list(tokenizer(prompt.content, verbose=False)["input_ids"])
-    messages = prompt.content
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    return render_chat(tokenizer, messages, f"the prompt {prompt.id}", generation_prompt=True)
 
 
 def _load_tokenizer(target: str) -> PreTrainedTokenizerBase:

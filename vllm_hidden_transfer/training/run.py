@@ -19,16 +19,18 @@ from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_targe
 from vllm_hidden_transfer.training.bigram import BigramInTraining, bigram_config, bigram_folder
 from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
 from vllm_hidden_transfer.training.card import RunFacts, acceptance_of, corpus_digest, export
-from vllm_hidden_transfer.training.data import DataError, mix, read_corpus
+from vllm_hidden_transfer.training.data import read_corpus
 from vllm_hidden_transfer.training.layer_choice import (
     Candidate,
     candidate_layers,
     choose_layer,
     draft_share,
 )
+from vllm_hidden_transfer.training.mixture import mix
 from vllm_hidden_transfer.training.parallel import Processes, joined_processes
 from vllm_hidden_transfer.training.prefixes import Prefixes, PrefixPasses
 from vllm_hidden_transfer.training.ridge import ridge_maps, ridge_passes
+from vllm_hidden_transfer.training.rows import DataError
 from vllm_hidden_transfer.training.settings import TrainSettings
 from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import DraftTrainer, Trainer
