@@ -174,7 +174,7 @@ def test_a_chat_teaches_the_assistants_turns_only(
 def test_the_turns_of_a_conversation_are_held_out_together() -> None:
     for number in range(50):
         turns = [Example(f"c#{number}@turn-{n}", "chat", None, [1], [2]) for n in (1, 2, 11)]
-        assert len({is_held_out(turn, one_in=3) for turn in turns}) == 1
+        assert len({is_held_out(turn.id, one_in=3) for turn in turns}) == 1
 
 
 def test_a_template_without_an_end_of_turn_keeps_the_whole_turn(

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from tests.support.models import add_tokenizer, random_model
 from vllm_hidden_transfer.cli import app
-from vllm_hidden_transfer.training.cache import read_examples
+from vllm_hidden_transfer.training.cache import is_held_out, read_examples
 from vllm_hidden_transfer.training.generate import (
     GenerateError,
     GenerateSettings,
@@ -29,6 +29,7 @@ from vllm_hidden_transfer.training.prompts import Request, read_prompts, request
 from vllm_hidden_transfer.training.rows import DataError
 
 VOCABULARY = 400
+QUICK = Path(__file__).parents[2] / "examples/prompts/quick.jsonl"
 QUESTIONS = [f"What is {n} times {n}?" for n in range(7)]
 
 
@@ -101,6 +102,17 @@ def test_prompts_take_turns_between_temperatures(settings: GenerateSettings) -> 
     assert [example.prompt for example in examples] == [r.tokens for r in engine.asked]
     assert engine.lengths == [max(len(r.tokens) for r in engine.asked) + 160]
     assert {example.kind for example in examples} == {"chat"}
+
+
+def test_prompts_that_train_holds_out_take_turns_among_themselves(target: Path) -> None:
+    """Taking turns by number alone left the README's quick start one greedy answer of 13 to judge."""
+    prompts = read_prompts([QUICK])
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    asked = requests_of(prompts, tokenizer, (0.0, 0.8), seed=0)
+    for held_out in (False, True):
+        group = [request.temperature for request in asked if is_held_out(request.id) is held_out]
+        assert group[:2] == [0.0, 0.8]
+        assert abs(group.count(0.0) - group.count(0.8)) <= 1
 
 
 def test_it_goes_on_where_it_was_killed(settings: GenerateSettings) -> None:

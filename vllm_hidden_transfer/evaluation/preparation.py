@@ -168,7 +168,7 @@ def _read_examples(request: Request, vocab_size: int, console: Console) -> list[
     corpus = read_answers(request.target, request.data, vocab_size)
     for reason, count in corpus.left_out.items():
         console.print(f"{count} left out: {reason}")
-    examples = [e for e in corpus.examples if not request.held_out or is_held_out(e)]
+    examples = [e for e in corpus.examples if not request.held_out or is_held_out(e.id)]
     chosen = spread_by_group(examples, request.limit)
     if not judged_answers(chosen, request.max_tokens):
         raise JudgingError(

@@ -61,12 +61,12 @@ def read_examples(path: str | Path, min_answer: int = 8, max_tokens: int = 768) 
     return examples
 
 
-def is_held_out(example: Example, one_in: int = 20) -> bool:
-    """Whether an example is for calibration and judging, decided by its id alone.
+def is_held_out(example_id: str, one_in: int = 20) -> bool:
+    """Whether the example of this id is for calibration and judging; nothing else decides.
 
     The turns of one conversation stay together: each contains the ones before it.
     """
-    conversation = example.id.partition(TURN)[0]
+    conversation = example_id.partition(TURN)[0]
     return hashlib.sha256(conversation.encode()).digest()[0] % one_in == 0
 
 

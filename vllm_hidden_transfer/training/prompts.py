@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_hidden_transfer.training.cache import is_held_out
 from vllm_hidden_transfer.training.chat import Message, render_chat
 from vllm_hidden_transfer.training.rows import DataError, first_problem, json_lines, source_labels
 
@@ -84,7 +86,10 @@ def requests_of(
     temperatures: Sequence[float],
     seed: int,
 ) -> list[Request]:
-    """What to ask the engine: the i-th prompt at `temperatures[i % n]` with `seed + i`.
+    """What to ask the engine: the prompts take turns between the temperatures, the i-th has the seed `seed + i`.
+
+    Prompts whose answers `train` will hold out take turns among themselves: of 150 prompts they are a handful, and
+    chance could leave them without a greedy one to judge.
 
     A prompt that is text becomes the user's message where the tokenizer has a chat template, and is continued as it is
     where it has none.
@@ -92,11 +97,12 @@ def requests_of(
     Raises:
         DataError: messages without a template, or the template refuses them.
     """
+    turns = {held_out: itertools.cycle(temperatures) for held_out in (False, True)}
     return [
         Request(
             id=prompt.id,
             kind=prompt.kind,
-            temperature=temperatures[number % len(temperatures)],
+            temperature=next(turns[is_held_out(prompt.id)]),
             seed=seed + number,
             tokens=_tokens_of(prompt, tokenizer),
         )

@@ -148,8 +148,8 @@ def read_data(settings: TrainSettings, console: Console) -> Corpus:
         other = [example for example in examples if example.temperature is None]
         examples = mix(own, other, settings.own_share, settings.seed)
     corpus = Corpus(
-        train=[example for example in examples if not is_held_out(example)],
-        held_out=balanced([e for e in examples if is_held_out(e)], settings.judged),
+        train=[example for example in examples if not is_held_out(example.id)],
+        held_out=balanced([e for e in examples if is_held_out(e.id)], settings.judged),
     )
     if not corpus.train or not corpus.held_out:
         raise ValueError(
