@@ -39,11 +39,9 @@ class Request:
     tokens: list[int]
 
 
-class _Row(BaseModel):
+class _PromptRow(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-
-class _PromptRow(_Row):
     id: Annotated[str, Field(min_length=1)] | None = None
     kind: str = "chat"
     prompt: Annotated[str, Field(pattern=r"\S")] | None = None
