@@ -25,7 +25,7 @@ from vllm_hidden_transfer.evaluation.engine_process import (
     Generation,
     spec_counters,
 )
-from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("all", "chat", "code", "editing")
@@ -41,7 +41,7 @@ def main(
     output: Annotated[Path, typer.Option(help="the table")] = ROOT / "benchmarks/acceptance.md",
 ) -> None:
     """Serve the prompts with both checkpoints, greedy and at temperature 0.8."""
-    machine, console = this_machine(), Console()
+    machine, commit, console = this_machine(), this_commit(), Console()
     questions = [json.loads(line) for line in prompts.read_text().splitlines()]
     rows: list[str] = []
     for name, folder in (
@@ -76,17 +76,18 @@ def main(
                 depths = [f"{n / counters.drafts:.2f}" for n in counters.accepted_per_depth[:4]]
                 found = by_kind([item["kind"] for item in questions], answers)
                 cells = [str(found[kind]) for kind in KINDS]
-                cells += [f"{found['all'].repeated:.0%}", ", ".join(depths)]
+                nodes = counters.draft_tokens / counters.drafts
+                cells += [f"{found['all'].repeated:.0%}", f"{nodes:.1f}", ", ".join(depths)]
                 rows.append(f"| {name} | {mode} | " + " | ".join(cells) + " |")
     table = "\n".join([*header(), *rows])
     command = shlex.join(["python", *sys.argv])
     text = f"""# Acceptance length in the engine
 
-`{command}` on {machine}, {machine.dtype}.
+`{command}` on {machine}, {machine.dtype}, commit {commit}.
 
 {len(questions)} prompts of `{prompts.name}`, used neither for training nor for calibration, at most 96 tokens,
-end of text respected, trees of {budget} nodes. Output tokens after the first per decode pass, summed over requests,
-with 95% bootstrap intervals over requests; 1.00 is no speculation.
+end of text respected, trees of up to {budget} nodes. Output tokens after the first per decode pass, summed over
+requests, with 95% bootstrap intervals over requests; 1.00 is no speculation.
 
 {table}
 """
@@ -97,7 +98,14 @@ with 95% bootstrap intervals over requests; 1.00 is no speculation.
 
 def header() -> list[str]:
     """The first two lines of the table."""
-    titles = ["maps", "decoding", *KINDS, "repeated 4-grams", "accepted at depth 1 to 4"]
+    titles = [
+        "maps",
+        "decoding",
+        *KINDS,
+        "repeated 4-grams",
+        "nodes a draft",
+        "accepted at depth 1 to 4",
+    ]
     return ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
 
 
