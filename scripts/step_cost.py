@@ -28,7 +28,7 @@ from rich.table import Table
 from scipy import stats
 
 from vllm_hidden_transfer.evaluation.engine_process import EngineProcess
-from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
 from vllm_hidden_transfer.evaluation.planted import ANSWERS_VARIABLE, Shape, write_answers
 from vllm_hidden_transfer.evaluation.step_cost import (
     CHECKPOINT_VARIABLE,
@@ -97,7 +97,7 @@ def main(
     machine = this_machine()
     dtype = machine.dtype
     console = Console()
-    described = f"{machine}, {dtype}, 2 threads"
+    described = f"{machine}, {dtype}, 2 threads, commit {this_commit()}"
     console.print(f"{described}, {'eager' if eager else 'compiled'}: {machine.dtype_reason}")
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
 from vllm_hidden_transfer.training.cache import Example
 from vllm_hidden_transfer.training.prefixes import PrefixPasses
 from vllm_hidden_transfer.training.ridge import ridge_maps
@@ -184,7 +184,7 @@ def page(
     verdict = "at most" if max(found.values()) <= ALLOWED else "MORE THAN"
     return f"""# Memory of training
 
-`{shlex.join(["python", *sys.argv])}` on {machine}, {minutes:.0f} minutes.
+`{shlex.join(["python", *sys.argv])}` on {machine}, {minutes:.0f} minutes, commit {this_commit()}.
 
 {what}. GB are 10^9 bytes, resident, by the kernel's high-water mark.
 
