@@ -6,7 +6,8 @@
 Three compiled engines stand side by side: no speculation, stock ``custom_class``, and ours. What is compared takes
 turns step by step, one engine computing while the others are idle, because a shared machine's speed drifts within a
 second. Both speculating sides get the same planted drafts, of which two tokens are accepted a step. A round gives the
-median of its steps' ratios; rounds give geometric means with 95% intervals.
+median of its steps' ratios; rounds give geometric means with 95% intervals. The raw figures are written after every
+round; stopped by Ctrl-C, it reports the rounds that it has.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import statistics
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ from vllm_hidden_transfer.transfer import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TREES = (4, 8, 16)
+BATCH_SIZES = (1, 8)
 MODULE = "vllm_hidden_transfer.evaluation.step_cost"
 
 
@@ -103,10 +106,21 @@ def main(
         folder = Path(name)
         names = {each.engine for comparison in comparisons for each in comparison.cases}
         engines = start_engines(stack, names, folder, target, checkpoint, dtype, eager)
-        seconds = measure(engines, comparisons, folder, target, rounds, steps, console)
+        ids = plant_answers(engines["off"], folder, target, steps)
+        seconds: Seconds = {
+            str(count): {each.name: [] for each in comparisons} for count in BATCH_SIZES
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            for found in measure(engines, comparisons, folder, ids, rounds, steps, console):
+                for count, comparison in found:
+                    seconds[count][comparison].append(found[count, comparison])
+                output.write_text(json.dumps({"machine": described, "seconds": seconds}))
+        except KeyboardInterrupt:
+            console.print("stopped: the figures are of the rounds that were finished")
+    if len(seconds[str(BATCH_SIZES[0])][comparisons[0].name]) < 2:
+        raise typer.Exit(1)  # an interval needs two rounds
     report(seconds, comparisons, console, byte_share(target, checkpoint))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": described, "seconds": seconds}))
     console.print(f"raw figures: {output}")
 
 
@@ -139,7 +153,8 @@ def start_engines(
         "model": str(target),
         "dtype": dtype,
         "enforce_eager": eager,
-        "kv_cache_memory_bytes": 1 << 28,
+        # Scratch for tree paths is an eighth of it: with less, 8 requests have their trees cut.
+        "kv_cache_memory_bytes": 1 << 31,
         "max_model_len": 1024,
         "max_num_seqs": 8,
         "block_size": 32,
@@ -173,41 +188,57 @@ def start_engines(
     return engines
 
 
-Seconds = dict[str, dict[str, list[dict[str, list[float]]]]]
-"""By number of requests and comparison: a list of rounds, each with the seconds of all steps of each case."""
+Round = dict[str, list[float]]
+"""The seconds of all steps of each case."""
+
+Seconds = dict[str, dict[str, list[Round]]]
+"""By number of requests and comparison: the rounds."""
 
 
-def measure(
-    engines: dict[str, EngineProcess],
-    comparisons: list[Comparison],
-    folder: Path,
-    target: Path,
-    rounds: int,
-    steps: int,
-    console: Console,
-) -> Seconds:
-    """Seconds of every step."""
+def plant_answers(off: EngineProcess, folder: Path, target: Path, steps: int) -> list[list[int]]:
+    """Let the engine without speculation answer the prompts, for the drafts to be right where they should be.
+
+    Returns:
+        The prompts' token ids.
+    """
     lines = (ROOT / "examples/prompts/unseen.jsonl").read_text().splitlines()
-    prompts = [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines[::6]][:8]
+    prompts = [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines[::6]][
+        : max(BATCH_SIZES)
+    ]
     params = {"temperature": 0.0, "ignore_eos": True}
-    reference = engines["off"].generate(prompts, {**params, "max_tokens": 4 * steps})
+    reference = off.generate(prompts, {**params, "max_tokens": 4 * steps})
     vocabulary = json.loads((target / "config.json").read_text())["vocab_size"]
     ids = prompt_ids(target, prompts)
     sequences = [
         [*prompt, *answer.token_ids] for prompt, answer in zip(ids, reference, strict=True)
     ]
     write_answers(folder / "answers.json", sequences, vocabulary)
-    found: Seconds = {str(count): {each.name: [] for each in comparisons} for count in (1, 8)}
+    return ids
+
+
+def measure(
+    engines: dict[str, EngineProcess],
+    comparisons: list[Comparison],
+    folder: Path,
+    ids: list[list[int]],
+    rounds: int,
+    steps: int,
+    console: Console,
+) -> Iterator[dict[tuple[str, str], Round]]:
+    """Round after round of everything, by number of requests and comparison."""
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=2 * (rounds + 1) * len(comparisons))
         for turn in range(rounds + 1):
-            for count in (1, 8):
+            found = {}
+            for count in BATCH_SIZES:
                 for comparison in comparisons:
-                    one = lockstep(engines, comparison, folder, ids[:count], steps, turn)
-                    if turn:  # the first round warms up
-                        found[str(count)][comparison.name].append(one)
+                    found[str(count), comparison.name] = lockstep(
+                        engines, comparison, folder, ids[:count], steps, turn
+                    )
                     progress.advance(task)
-    return found
+            if turn:  # the first round warms up
+                yield found
+                console.print(f"round {turn} of {rounds}")
 
 
 def lockstep(
@@ -217,7 +248,7 @@ def lockstep(
     prompts: list[list[int]],
     steps: int,
     turn: int,
-) -> dict[str, list[float]]:
+) -> Round:
     """One round: seconds of `steps` steps of each case, taken in turns; who goes first changes by round."""
     drafting = comparison.cases[-1]
     timings = folder / "draft_seconds.jsonl"
@@ -283,7 +314,7 @@ def byte_share(target: Path, checkpoint: Path) -> float:
     return (upper + head + own) / (layers + head)
 
 
-def ratio(rounds: list[dict[str, list[float]]], one: str, other: str) -> tuple[float, float, float]:
+def ratio(rounds: list[Round], one: str, other: str) -> tuple[float, float, float]:
     """Geometric mean over rounds of the median ratio of neighbouring steps, and its 95% interval."""
     logs = np.array(
         [np.median(np.log(np.array(each[one]) / np.array(each[other]))) for each in rounds]
