@@ -175,7 +175,11 @@ def load_checkpoint(folder: str | Path) -> tuple[TransferConfig, TransferMaps]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: a temporary file, flushed to disk, then renamed."""
+    """Replace `path` by `data`: a temporary file, flushed to disk, then renamed.
+
+    Raises:
+        OSError: a full disk, for example; it names the file, and what stood there before is whole.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -184,8 +188,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failing write does not say whose it was
         raise
 
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import os
 import random
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tests.support.models import add_tokenizer, random_model
 from vllm_hidden_transfer.cli import app
 from vllm_hidden_transfer.evaluation.study_result import STUDY_FILE, Study
 from vllm_hidden_transfer.training.trainer import STATE_FILE
-from vllm_hidden_transfer.transfer import WEIGHTS_FILE, load_checkpoint
+from vllm_hidden_transfer.transfer import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 
 VOCABULARY = 512
 
@@ -145,6 +147,40 @@ def test_bad_input_is_one_sentence(name: str, target: Path, data: Path, tmp_path
     assert result.exit_code == 1
     assert "Traceback" not in result.output
     assert expected in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The maps' state, that of the bigrams, the checkpoint: each meets a full disk once, and then there is room."""
+    whole, output = tmp_path / "whole", tmp_path / "maps"
+    assert run(*quick(target, data, whole), "--transfer-layer", 2).exit_code == 0
+    flush, room = os.fsync, 0
+
+    def flush_if_there_is_room(handle: int) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(handle)
+
+    named = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", flush_if_there_is_room)
+        for files in (1, 1, 4):
+            room = files
+            result = run(*quick(target, data, output), "--transfer-layer", 2)
+            assert result.exit_code == 1
+            assert "Traceback" not in result.output
+            last = result.stderr.strip().splitlines()[-1]
+            assert "No space left on device; what was saved before is kept" in last
+            named.append(str(Path(last.split(": ")[0]).relative_to(tmp_path)))
+            assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+    states = [f"maps-work/token-2-4{kind}/{STATE_FILE}" for kind in ("", "-bigram")]
+    assert named == [*states, f"maps/{CONFIG_FILE}"]
+    result = run(*quick(target, data, output), "--transfer-layer", 2)
+    assert result.exit_code == 0
+    assert (output / WEIGHTS_FILE).read_bytes() == (whole / WEIGHTS_FILE).read_bytes()
 
 
 def test_a_damaged_state_is_one_sentence(target: Path, data: Path, tmp_path: Path) -> None:

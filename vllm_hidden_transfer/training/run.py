@@ -70,10 +70,10 @@ def train(settings: TrainSettings, command: str, console: Console) -> None:
     except (DataError, FingerprintError, CheckpointError, ValueError) as error:
         raise RunError(one_sentence(str(error))) from error
     except OSError as error:
+        where = error.filename or f"{settings.work_folder} or {settings.output}"
         raise RunError(
             one_sentence(
-                f"{error.filename or settings.work_folder}: {error.strerror or error}; what was saved before is "
-                "kept, and the same command goes on"
+                f"{where}: {error.strerror or error}; what was saved before is kept, and the same command goes on"
             )
         ) from error
 
