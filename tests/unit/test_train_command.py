@@ -8,11 +8,13 @@ import inspect
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from tests.support.models import add_tokenizer, random_model
@@ -88,6 +90,28 @@ def test_from_files_to_a_checkpoint(target: Path, data: Path, tmp_path: Path) ->
     assert (output / WEIGHTS_FILE).read_bytes() == before
     shown = CliRunner().invoke(app, ["inspect", str(output)], env={"COLUMNS": "200"})
     assert "other text" in shown.output
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sharded_target_in_half_precision(
+    dtype: str, target: Path, data: Path, tmp_path: Path
+) -> None:
+    """The same weights in several files and half the memory: a loss like the fp32 run's."""
+    sharded = tmp_path / "sharded"
+    shutil.copytree(target, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+    model.save_pretrained(sharded, max_shard_size="1MB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    losses = []
+    for folder, precision in ((target, "float32"), (sharded, dtype)):
+        output = tmp_path / precision
+        result = run(*quick(folder, data, output), "--transfer-layer", 2, "--dtype", precision)
+        assert result.exit_code == 0, result.output
+        log = (output / "training_log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    configs = [load_checkpoint(tmp_path / name)[0] for name in ("float32", dtype)]
+    assert configs[0].target.fingerprint == configs[1].target.fingerprint
 
 
 def test_auto_shows_the_layers_it_tried(target: Path, data: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class BigramInTraining(DraftingModel[Rows]):
             final = self._rows.draft(rows).final
             embedding = self.target.embed(rows.next_tokens[:, :, :-1]).float()
         moved = self.bigram(embedding.flatten(0, 1)).unflatten(0, final.shape[:2])
-        return Drafted(final + nn.functional.pad(moved, (0, 0, 1, 0)))
+        return Drafted(final + nn.functional.pad(moved, (0, 0, 1, 0)).to(final.dtype))
 
 
 def bigram_folder(folder: Path) -> Path:
