@@ -4,7 +4,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -228,6 +228,13 @@ _AllowMismatch = Annotated[
         "--allow-target-mismatch", help="Judge maps that were trained for other weights too."
     ),
 ]
+_Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option(help="The target's dtype; what it is served in tells most."),
+]
+_Device = Annotated[
+    Literal["cpu", "cuda"], typer.Option(help="Where it runs; cuda was never run by us.")
+]
 
 
 @app.command("eval")
@@ -247,6 +254,8 @@ def evaluate(
     ] = None,
     held_out: _HeldOut = False,
     allow_target_mismatch: _AllowMismatch = False,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
 ) -> None:
     """Acceptance study of a checkpoint on recorded answers, without an engine and its noise."""
     from vllm_hidden_transfer.evaluation.preparation import (
@@ -269,6 +278,8 @@ def evaluate(
         limit=limit,
         held_out=held_out,
         allow_target_mismatch=allow_target_mismatch,
+        dtype=dtype,
+        device=device,
     )
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     try:
@@ -301,6 +312,8 @@ def tune(
     ] = None,
     held_out: _HeldOut = False,
     allow_target_mismatch: _AllowMismatch = False,
+    dtype: _Dtype = "float32",
+    device: _Device = "cpu",
 ) -> None:
     """Fit a checkpoint's calibration, and its tree size where the costs are given, and write them."""
     from tempfile import TemporaryDirectory
@@ -332,6 +345,8 @@ def tune(
             limit=limit,
             held_out=held_out,
             allow_target_mismatch=allow_target_mismatch,
+            dtype=dtype,
+            device=device,
         )
         try:
             run_tune(request, costs, Console(highlight=False))

@@ -410,6 +410,23 @@ def test_the_study_holds_together(
         assert low <= group.at(6).length <= high
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_eval_in_half_precision(folders: dict[str, Path], tmp_path: Path, dtype: str) -> None:
+    """The target in half the memory gives nearly the fp32 study."""
+    studies = []
+    for name in ("float32", dtype):
+        output = tmp_path / name
+        options = arguments(folders, "eval", "--output", str(output), "--dtype", name)
+        result = runner.invoke(app, options)
+        assert result.exit_code == 0, result.output
+        studies.append(Study.model_validate_json((output / "eval.json").read_text()))
+    exact, half = (study.groups for study in studies)
+    for one, other in zip(exact, half, strict=True):
+        assert other.chain.length == pytest.approx(one.chain.length, rel=0.1)
+        losses = [depth.loss for depth in one.depths]
+        assert [depth.loss for depth in other.depths] == pytest.approx(losses, rel=0.02)
+
+
 def test_a_single_answer_has_no_interval() -> None:
     found = measured([Walk([4, 3], [3, 2])], [list(range(8))])
     assert (found.length, found.low, str(found)) == (3.5, None, "3.50")
@@ -557,7 +574,7 @@ def test_a_checkpoint_for_other_weights_needs_the_override(
         ({"maps": "no"}, (), "does not exist"),
         ({"answers.jsonl": "no"}, (), "does not exist"),
         ({}, ("--held-out",), "no answer to judge"),
-        ({}, ("--cache", "{foreign}"), "another target or transfer layer"),
+        ({}, ("--cache", "{foreign}"), "another target, transfer layer or dtype"),
     ],
 )
 def test_bad_input_is_one_sentence(

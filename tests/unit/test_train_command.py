@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -218,6 +219,39 @@ def test_a_damaged_state_is_one_sentence(target: Path, data: Path, tmp_path: Pat
     assert result.exit_code == 1
     assert "damaged" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("change", ["target", "dtype"])
+def test_work_for_another_target_is_refused(
+    change: str, target: Path, data: Path, tmp_path: Path
+) -> None:
+    """Same data, tokenizer and shape, other weights: maps of the one must not be written as the other's."""
+    output = tmp_path / "maps"
+    plain = ["--transfer-layer", 2]
+    assert run(*quick(target, data, output), *plain).exit_code == 0
+    before = (output / WEIGHTS_FILE).read_bytes()
+    (cache,) = tmp_path.glob("maps-work/cache-2/hidden")
+    prefixes = cache.read_bytes()
+    command = quick(target, data, output)
+    if change == "target":
+        tuned = shutil.copytree(target, tmp_path / "tuned")
+        model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.5)
+        model.save_pretrained(tuned)
+        command = quick(tuned, data, output)
+    else:
+        plain += ["--dtype", "bfloat16"]
+    words = {
+        "--disk-cache": "another target, transfer layer or dtype",
+        "--no-disk-cache": "other settings, data or another target",
+    }
+    for option, said in words.items():
+        result = run(*command, *plain, option)
+        assert result.exit_code == 1
+        assert said in result.stderr
+    assert (output / WEIGHTS_FILE).read_bytes() == before
+    assert cache.read_bytes() == prefixes
 
 
 def test_help_teaches() -> None:

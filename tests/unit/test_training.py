@@ -116,8 +116,9 @@ def test_cache_survives_a_kill_and_grows(
         torch.testing.assert_close(
             second.read("keys", example), prefix.keys.transpose(0, 1), rtol=1e-2, atol=1e-2
         )
-    other = PrefixCache(folder, target, "another target")
-    assert not other.digests
+    with pytest.raises(ValueError, match="another target"):
+        PrefixCache(folder, target, "another fingerprint")
+    assert len(PrefixCache(folder, target, "fingerprint").digests) == len(examples)
 
 
 def test_read_examples_leaves_out_unfinished_lines(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,6 +35,8 @@ _LONGEST = 2048
 _SHORTEST = 2
 
 Item = TypeVar("Item")
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["cpu", "cuda"]
 
 
 class JudgingError(Exception):
@@ -57,6 +60,10 @@ class Request:
     held_out: bool
     """Judge only what `train` keeps out of its training data."""
     allow_target_mismatch: bool
+    dtype: Dtype = "float32"
+    """Of the target while it is judged."""
+    device: Device = "cpu"
+    """Where it is judged; cuda was never run by us."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,8 @@ def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
         config, maps = load_checkpoint(request.checkpoint)
         fingerprint = _check_target(request, config, console)
         examples = _read_examples(request, config.target.vocab_size, console)
-        _check_cache(request.cache, fingerprint, config.transfer_layer)
-        target = FrozenTarget.load(request.target, config.transfer_layer)
+        dtype = getattr(torch, request.dtype)
+        target = FrozenTarget.load(request.target, config.transfer_layer, dtype, request.device)
         prefixes = PrefixCache(request.cache, target, fingerprint)
         missing = [example for example in examples if example.digest not in prefixes.digests]
         work = prefixes.fill(target, missing)
@@ -201,16 +208,3 @@ def _shortened(example: Example, max_tokens: int) -> Example:
     tokens = example.tokens
     end = answer.first + len(answer.tokens)
     return replace(example, prompt=tokens[: answer.first], answer=tokens[answer.first : end])
-
-
-def _check_cache(folder: Path, fingerprint: str, layer: int) -> None:
-    """A cache of other prefixes would be emptied; somebody may still want it."""
-    marker = folder / "about.json"
-    if not marker.is_file():
-        return
-    about = json.loads(marker.read_text(encoding="utf-8"))
-    if about.get("fingerprint") != fingerprint or about.get("layer") != layer:
-        raise JudgingError(
-            f"The cache {folder} holds prefixes of another target or transfer layer: name another "
-            "folder with --cache."
-        )

@@ -71,7 +71,11 @@ def is_held_out(example_id: str, one_in: int = 20) -> bool:
 
 
 class PrefixCache(Prefixes):
-    """Append-only arrays over all tokens of the corpus, one after another, and their offsets."""
+    """Append-only arrays over all tokens of the corpus, one after another, and their offsets.
+
+    Raises:
+        ValueError: the folder holds prefixes of another target, transfer layer or dtype, which are left as they are.
+    """
 
     _ARRAYS = ("hidden", "keys", "values", "teacher_ids", "teacher_probs")
 
@@ -79,12 +83,20 @@ class PrefixCache(Prefixes):
         super().__init__(target)
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = {"fingerprint": fingerprint, "layer": target.transfer_layer, "version": 1}
+        about = {
+            "fingerprint": fingerprint,
+            "layer": target.transfer_layer,
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "version": 2,
+        }
         marker = self.folder / "about.json"
-        if not marker.exists() or json.loads(marker.read_text()) != about:
-            for name in (*self._ARRAYS, "index"):
-                (self.folder / name).unlink(missing_ok=True)
+        if not marker.exists():
             write_atomically(marker, json.dumps(about).encode())
+        elif json.loads(marker.read_text()) != about:
+            raise ValueError(
+                f"the prefix cache {self.folder} is of another target, transfer layer or dtype: name another folder "
+                "(train's --work, eval's --cache) or remove it"
+            )
         self.digests: dict[str, int] = {}
         self.offsets: list[int] = [0]
         self._read_index()

@@ -91,7 +91,7 @@ def _train(settings: TrainSettings, command: str, console: Console) -> None:
             layer = auto_layer(settings, target, corpus, fingerprint, processes, console)
             target = target.at_layer(layer)
         prefixes = prefixes_of(settings, target, corpus, fingerprint, processes, console)
-        trainer = make_trainer(settings, target, prefixes, corpus, processes, console)
+        trainer = make_trainer(settings, target, prefixes, corpus, fingerprint, processes, console)
         trainer.run()
         if settings.trains_bigrams:
             train_bigram(settings, trainer, corpus, processes, console)
@@ -203,6 +203,7 @@ def make_trainer(
     target: FrozenTarget,
     prefixes: Prefixes,
     corpus: Corpus,
+    fingerprint: str,
     processes: Processes,
     console: Console,
 ) -> Trainer:
@@ -210,7 +211,10 @@ def make_trainer(
     name = f"{settings.conditioning}-{target.transfer_layer}-{settings.transfer_steps}"
     state = settings.work_folder / name
     start = starting_maps(settings, target, prefixes, corpus.train, state, console)
-    trainer = Trainer(target, prefixes, corpus.train, start, settings.training(), state, processes)
+    frozen = f"{fingerprint} in {settings.dtype}"
+    trainer = Trainer(
+        target, prefixes, corpus.train, start, settings.training(), state, processes, frozen
+    )
     if trainer.step:
         console.print(f"going on at step {trainer.step} of {settings.steps}")
     return trainer
@@ -230,7 +234,7 @@ def train_bigram(
     )
     config = bigram_config(settings.training(), settings.bigram_steps)
     folder = bigram_folder(trainer.folder)
-    DraftTrainer(model, corpus.train, config, folder, processes).run()
+    DraftTrainer(model, corpus.train, config, folder, processes, trainer.frozen).run()
     trainer.maps.bigram = model.bigram
 
 
@@ -279,7 +283,7 @@ def auto_layer(
         )
         there = target.at_layer(layer)
         prefixes = prefixes_of(trial, there, part, fingerprint, processes, console)
-        trainer = make_trainer(trial, there, prefixes, part, processes, console)
+        trainer = make_trainer(trial, there, prefixes, part, fingerprint, processes, console)
         trainer.run()
         length = acceptance_of(there, prefixes, trainer.maps, part.held_out)
         parameters = sum(parameter.numel() for parameter in trainer.maps.parameters())

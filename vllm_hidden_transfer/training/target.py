@@ -121,6 +121,8 @@ class FrozenTarget:
         """
         from transformers import AutoModelForCausalLM
 
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UnfitTargetError("--device cuda: torch finds no GPU here, leave it at cpu")
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError, KeyError) as error:

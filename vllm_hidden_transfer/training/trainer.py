@@ -79,7 +79,11 @@ class InterruptedTraining(Exception):  # noqa: N818  no error
 
 
 class DraftTrainer:
-    """Trains a drafter against a frozen target on a cached corpus; state and log live in `folder`."""
+    """Trains a drafter against a frozen target on a cached corpus; state and log live in `folder`.
+
+    Args:
+        frozen: says which target it is; a state that was saved with another one is refused.
+    """
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class DraftTrainer:
         config: TrainingConfig,
         folder: str | Path,
         processes: Processes = Processes(),  # noqa: B008  frozen
+        frozen: str = "",
     ) -> None:
         if not examples:
             raise ValueError("there are no training examples")
@@ -99,7 +104,7 @@ class DraftTrainer:
         self.model, self.target, self.cache = model, model.target, model.cache
         self.examples = examples
         self.module = model.module.float().to(self.target.device).requires_grad_(True)
-        self.config, self.processes = config, processes
+        self.config, self.processes, self.frozen = config, processes, frozen
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.step = 0
@@ -256,7 +261,8 @@ class DraftTrainer:
             about = file.metadata()
             if about["run"] != self._run_of():
                 raise ValueError(
-                    f"{path} belongs to a run with other settings or data: use another folder or remove it"
+                    f"{path} belongs to a run with other settings, data or another target: use another folder or "
+                    "remove it"
                 )
             self.step = int(about["step"])
             names = set(file.keys())
@@ -278,7 +284,9 @@ class DraftTrainer:
         """What must not change while a run goes on."""
         settings = self.config.model_dump(exclude={"save_seconds", "log_every"})
         corpus = hashlib.sha256("".join(e.digest for e in self.examples).encode()).hexdigest()
-        return json.dumps(settings | {"corpus": corpus} | self.model.identity)
+        return json.dumps(
+            settings | {"corpus": corpus, "target": self.frozen} | self.model.identity
+        )
 
     def _cut_log(self) -> None:
         """Drop what a killed run logged after it last saved."""
@@ -327,9 +335,11 @@ class Trainer(DraftTrainer):
         config: TrainingConfig,
         folder: str | Path,
         processes: Processes = Processes(),  # noqa: B008  frozen
+        frozen: str = "",
     ) -> None:
         self.maps = maps
-        super().__init__(MapsInTraining(target, cache, maps), examples, config, folder, processes)
+        model = MapsInTraining(target, cache, maps)
+        super().__init__(model, examples, config, folder, processes, frozen)
 
 
 def _mean(records: list[dict[str, Any]]) -> dict[str, Any]:
