@@ -119,6 +119,8 @@ def test_cache_survives_a_kill_and_grows(
     with pytest.raises(ValueError, match="another target"):
         PrefixCache(folder, target, "another fingerprint")
     assert len(PrefixCache(folder, target, "fingerprint").digests) == len(examples)
+    (folder / "about.json").unlink()
+    assert not PrefixCache(folder, target, "another fingerprint").digests
 
 
 def test_read_examples_leaves_out_unfinished_lines(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ class PrefixCache(Prefixes):
         }
         marker = self.folder / "about.json"
         if not marker.exists():
+            for name in (*self._ARRAYS, "index"):  # nobody knows of what they are
+                (self.folder / name).unlink(missing_ok=True)
             write_atomically(marker, json.dumps(about).encode())
         elif json.loads(marker.read_text()) != about:
             raise ValueError(
