@@ -113,8 +113,8 @@ def main(
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             for found in measure(engines, comparisons, folder, ids, rounds, steps, console):
-                for count, comparison in found:
-                    seconds[count][comparison].append(found[count, comparison])
+                for (count, comparison), one in found.items():
+                    seconds[count][comparison].append(one)
                 output.write_text(json.dumps({"machine": described, "seconds": seconds}))
         except KeyboardInterrupt:
             console.print("stopped: the figures are of the rounds that were finished")

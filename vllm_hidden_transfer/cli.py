@@ -4,10 +4,12 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from vllm_hidden_transfer.options import Device, TargetDtype
 
 app = typer.Typer(
     help="Hidden transfer for vLLM: the target drafts from its own hidden states.",
@@ -229,12 +231,10 @@ _AllowMismatch = Annotated[
     ),
 ]
 _Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"],
+    TargetDtype,
     typer.Option(help="The target's dtype; what it is served in tells most."),
 ]
-_Device = Annotated[
-    Literal["cpu", "cuda"], typer.Option(help="Where it runs; cuda was never run by us.")
-]
+_Device = Annotated[Device, typer.Option(help="Where it runs; cuda was never run by us.")]
 
 
 @app.command("eval")

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -25,6 +25,7 @@ from vllm_hidden_transfer.config import TransferConfig, one_sentence
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
 from vllm_hidden_transfer.evaluation.study import group_name, judged_answers
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.options import Device, TargetDtype
 from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
 from vllm_hidden_transfer.training.data import Corpus, read_corpus
 from vllm_hidden_transfer.training.rows import DataError
@@ -35,8 +36,6 @@ _LONGEST = 2048
 _SHORTEST = 2
 
 Item = TypeVar("Item")
-Dtype = Literal["float32", "bfloat16", "float16"]
-Device = Literal["cpu", "cuda"]
 
 
 class JudgingError(Exception):
@@ -60,7 +59,7 @@ class Request:
     held_out: bool
     """Judge only what `train` keeps out of its training data."""
     allow_target_mismatch: bool
-    dtype: Dtype = "float32"
+    dtype: TargetDtype = "float32"
     """Of the target while it is judged."""
     device: Device = "cpu"
     """Where it is judged; cuda was never run by us."""

@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 from vllm_hidden_transfer.config import Conditioning, one_sentence
+from vllm_hidden_transfer.options import Device, TargetDtype
 from vllm_hidden_transfer.training.trainer import TrainingConfig
 
 
@@ -79,12 +80,10 @@ class TrainSettings(BaseSettings, TrainingConfig):
     judged: PositiveInt = Field(
         default=40, description="held-out answers to calibrate and judge on"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: TargetDtype = Field(
         default="float32", description="dtype of the frozen target; maps are trained in float32"
     )
-    device: Literal["cpu", "cuda"] = Field(
-        default="cpu", description="where to train; cuda was never run by us"
-    )
+    device: Device = Field(default="cpu", description="where to train; cuda was never run by us")
     disk_cache: bool = Field(
         default=True,
         description="keep prefixes on disk (2 bytes x (hidden size + upper layers' K/V) a token); "
