@@ -283,7 +283,7 @@ class StaysAtTheRoot(VerificationWalk):
 
     def advance(self, sampled: Sequence[int]) -> None:
         if self.depth:
-            self.stop()
+            self.active = []
             return
         super().advance(sampled)
         self.nodes = [ROOT] * len(self.nodes)
@@ -673,16 +673,17 @@ def test_all_depths_as_one_output(
             assert found.selected_token_ranks[place] == step.logits[row, 0].long()
 
 
-def test_logprobs_of_given_tokens_stop_at_the_root() -> None:
-    """They have no form for several tokens a step: one token a step."""
-    requests = [Request(SamplingParams(temperature=1.0), [1], [])]
-    step = Pass.random([full_tree(VOCABULARY, 2)], 0)
+def test_logprobs_of_given_tokens_stop_their_own_request_at_the_root() -> None:
+    """They have no form for several tokens a step; the other requests of the batch walk on."""
+    requests = [Request(SamplingParams(temperature=1.0), [1], []) for _ in range(2)]
+    step = Pass.random([full_tree(VOCABULARY, 2), full_tree(VOCABULARY, 2)], 0)
     metadata = metadata_of(requests, VOCABULARY)
     metadata.logprob_token_ids = {0: [1]}
     sampler: Any = Marking([2], True)
     verified = step.verify(sampler, metadata)
-    assert verified.walk.tokens == [[2]]
-    assert len(sampler.marked) == 1
+    assert verified.walk.tokens == [[2], [2, 2, 2]]
+    assert [len(logits) for logits in sampler.marked] == [2, 1, 1]
+    assert verified.output.sampled_token_ids.tolist() == [[2, -1, -1], [2, 2, 2]]
 
 
 def outcomes(request: Request, table: Target, tree: TokenTree | None) -> Distribution:

@@ -14,6 +14,9 @@ from vllm_hidden_transfer.drafting.bigram import BigramTables
 BIGRAM_WIDTH = 64
 """Candidates of each depth that are re-weighted at least: a token that many trees would leave out may follow well."""
 
+_REQUESTS_AT_ONCE = 16
+"""Whose logits are scaled at a time: fp32 copies of whole vocabularies would be the most memory of a draft pass."""
+
 
 def candidates(
     logits: torch.Tensor,
@@ -37,12 +40,21 @@ def candidates(
     """
     if bigram is not None:
         width = max(width, BIGRAM_WIDTH)
-    scaled = logits.float() / temperatures[None, :, None]
-    best, tokens = scaled.topk(min(width, scaled.shape[-1]), dim=-1)
-    total = scaled.logsumexp(dim=-1)
+    width = min(width, logits.shape[-1])
+    parts = [_best(rows, temperatures, width) for rows in logits.split(_REQUESTS_AT_ONCE)]
+    tokens, best, total = (torch.cat(part) for part in zip(*parts, strict=True))
     if bigram is None:
         return tokens, (best - total[:, :, None]).double()
     return tokens, bigram.log_probabilities(tokens, best, total, temperatures).double()
+
+
+def _best(
+    logits: torch.Tensor, temperatures: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best tokens [b, depths, width], their scaled logits, and the log of all exponentials' sum [b, depths]."""
+    scaled = logits / temperatures[:, None]  # float32, whatever the logits are
+    best, tokens = scaled.topk(width, dim=-1)
+    return tokens, best, scaled.logsumexp(dim=-1)
 
 
 def top_candidates(

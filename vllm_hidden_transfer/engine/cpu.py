@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -21,22 +20,10 @@ from vllm_hidden_transfer.engine.kv_store import num_scratch_blocks, with_scratc
 from vllm_hidden_transfer.engine.runner import TreeRunner
 from vllm_hidden_transfer.engine.transfer_source import TransferSource
 from vllm_hidden_transfer.patches import cpu_attention_backend, cpu_model_runner, seeded_chunks
-from vllm_hidden_transfer.tree import TokenTree, fit_to_scratch
-
-logger = init_logger("vllm.hidden_transfer")
-
-TREES_CUT = (
-    "hidden_transfer: the %d scratch blocks are too few for the trees of %d requests at once (%d nodes), so that they "
-    "were cut to %d nodes and fewer drafts will be accepted: give the KV cache more memory (--kv-cache-memory-bytes "
-    "or VLLM_CPU_KVCACHE_SPACE), or lower --max-num-seqs or num_speculative_tokens. This is said once."
-)
 
 
 class TreeCPUModelRunner(CPUPaths, TreeRunner, CPUModelRunner):
     """Tree verification and two-pass drafting on the CPU."""
-
-    trees_were_cut = False
-    """Whether the scratch blocks were ever too few, of which the log tells once."""
 
     def initialize_kv_cache_tensors(
         self,
@@ -53,17 +40,6 @@ class TreeCPUModelRunner(CPUPaths, TreeRunner, CPUModelRunner):
         )
         self.open_store(caches, num_blocks, scratch)
         return caches
-
-    def fit_to_scratch(self, trees: list[TokenTree], first_positions: list[int]) -> list[TokenTree]:
-        store = self.store
-        num_scratch = len(store.scratch)
-        fitted = fit_to_scratch(trees, first_positions, store.block_size, num_scratch)
-        if not self.trees_were_cut:
-            wanted, kept = sum(map(len, trees)), sum(map(len, fitted))
-            if kept < wanted:
-                self.trees_were_cut = True
-                logger.warning(TREES_CUT, num_scratch, len(trees), wanted, kept)
-        return fitted
 
     def _sample(
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None

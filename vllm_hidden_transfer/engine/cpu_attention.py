@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_hidden_transfer.engine.kv_store import KVStore, TreePass
+from vllm_hidden_transfer.engine.kv_store import IntArray, KVStore, TreePass
 from vllm_hidden_transfer.tree import TokenTree, lay_out_paths
 
 
@@ -35,6 +35,8 @@ class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
     trees: Sequence[TokenTree | None] | None = None
     """The trees of the next pass to build, one entry a request; None for a stock pass."""
+    root_rows: IntArray
+    """int64 [requests]: the rows of their roots."""
     store: KVStore
     last_pass: TreePass | None = None
     """The last pass with trees that was built; compaction reads its rows."""
@@ -45,11 +47,13 @@ class TreeAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
+        # Rows of nodes that were cut off a chain stand behind it and are seen by nobody, as in stock speculation.
         if self.trees is None or all(tree is None or tree.is_chain for tree in self.trees):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         starts = common_attn_metadata.query_start_loc.numpy().astype("int64")
         layout = lay_out_paths(
             self.trees,
+            self.root_rows,
             starts,
             common_attn_metadata.seq_lens.numpy() - (starts[1:] - starts[:-1]),
             common_attn_metadata.block_table_tensor.numpy(),

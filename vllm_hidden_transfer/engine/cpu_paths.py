@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,20 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_hidden_transfer.engine.cpu_attention import TreeAttentionMetadataBuilder
-from vllm_hidden_transfer.engine.kv_store import KVStore
-from vllm_hidden_transfer.tree import TokenTree
+from vllm_hidden_transfer.engine.kv_store import IntArray, KVStore
+from vllm_hidden_transfer.tree import Scratch, TokenTree, fit_to_scratch
 
 logger = init_logger("vllm.hidden_transfer")
+
+TREES_CUT = (
+    "hidden_transfer: the %d scratch blocks are too few for the trees of %d requests at once, so that %d of their %d "
+    "nodes were cut and fewer drafts will be accepted: give the KV cache more memory (--kv-cache-memory-bytes or "
+    "VLLM_CPU_KVCACHE_SPACE), or lower --max-num-seqs or num_speculative_tokens. This is said once."
+)
+
+
+def _num_nodes(trees: Iterable[TokenTree | None]) -> int:
+    return sum(len(tree) for tree in trees if tree is not None)
 
 
 class CPUPaths:
@@ -24,17 +34,15 @@ class CPUPaths:
     attn_groups: Any
     compilation_config: Any
     attention_name = "tree paths on CPU_ATTN"
+    cut_nodes = 0
+    """Nodes so far that were cut off trees for lack of scratch blocks."""
 
     def open_store(self, caches: Mapping[str, torch.Tensor], num_blocks: int, scratch: int) -> None:
         """Take over the caches that were just allocated with ``scratch`` blocks behind the scheduler's."""
         layers = self.compilation_config.static_forward_context
-        self.store = KVStore(caches, range(num_blocks, num_blocks + scratch), layers)
-        size = sum(cache[0].nbytes for cache in caches.values())
-        logger.info(
-            "hidden_transfer: %d scratch blocks for tree paths (%.0f MiB beside the KV cache)",
-            scratch,
-            scratch * size / 2**20,
-        )
+        # The last one takes what nobody reads.
+        last = num_blocks + scratch - 1
+        self.store = KVStore(caches, Scratch(range(num_blocks, last), last), layers)
         for builder in self._builders():
             builder.store = self.store
 
@@ -46,14 +54,30 @@ class CPUPaths:
             for builder in group.metadata_builders
         ]
 
-    def set_trees(self, trees: Sequence[TokenTree | None] | None) -> None:
-        """Hand the trees of the next pass to the attention metadata builder; None for a stock pass."""
+    def set_trees(self, trees: Sequence[TokenTree | None] | None, root_rows: IntArray) -> None:
+        """Hand the trees of the next pass and the rows of their roots to the attention metadata builder; None for a
+        stock pass."""
         for builder in self._builders():
-            builder.trees = trees
+            builder.trees, builder.root_rows = trees, root_rows
 
-    def compact(self, rows: Sequence[int], slots: Sequence[int]) -> None:
+    def fit_to_scratch(
+        self,
+        trees: Sequence[TokenTree | None],
+        first_positions: IntArray,
+        rows_before: IntArray,
+    ) -> list[TokenTree | None]:
+        """Cut runs off trees that one pass has no scratch blocks for; said once, counted always."""
+        store = self.store
+        num_scratch = len(store.scratch.blocks)
+        fitted = fit_to_scratch(trees, first_positions, rows_before, store.block_size, num_scratch)
+        if (cut := _num_nodes(trees) - _num_nodes(fitted)) and not self.cut_nodes:
+            logger.warning(TREES_CUT, num_scratch, len(trees), cut, _num_nodes(trees))
+        self.cut_nodes += cut
+        return fitted
+
+    def compact(self, rows: IntArray, slots: IntArray) -> None:
         """Move the keys and values of rows of the last pass into slots of the paged cache."""
-        if rows:
+        if len(rows):
             (builder,) = self._builders()
             assert builder.last_pass is not None
             builder.last_pass.compact(rows, slots, builder.isa)

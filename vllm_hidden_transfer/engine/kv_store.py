@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from vllm import _custom_ops as ops
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_hidden_transfer.tree import PathLayout
+from vllm_hidden_transfer.tree import PathLayout, Scratch
+
+IntArray = NDArray[np.int64]
 
 
 def with_scratch_blocks(config: KVCacheConfig, num_scratch: int) -> KVCacheConfig:
@@ -56,12 +58,12 @@ class KVStore:
     Args:
         caches: of each layer, [num_blocks, num_kv_heads, block_size, 2 * head_size] (K and V of a block side by
             side in the layout of vLLM's CPU kernel, which only the kernel's own write op may interpret).
-        scratch: the ids of the scratch blocks.
+        scratch: the scratch blocks.
         layers: vLLM's attention layers by name; they know how keys and values are quantised.
     """
 
     def __init__(
-        self, caches: Mapping[str, torch.Tensor], scratch: range, layers: Mapping[str, Any]
+        self, caches: Mapping[str, torch.Tensor], scratch: Scratch, layers: Mapping[str, Any]
     ) -> None:
         self.layer_names = list(caches)
         self._layers = [layers[name] for name in self.layer_names]
@@ -73,13 +75,13 @@ class KVStore:
         self._stack = _stacked(list(caches.values()))
         self._saved: torch.Tensor | None = None
 
-    def copy_blocks(self, copy_from: NDArray[np.int64], copy_to: NDArray[np.int64]) -> None:
+    def copy_blocks(self, copy_from: IntArray, copy_to: IntArray) -> None:
         """Copy whole blocks in all layers."""
         for source, target in zip(copy_from.tolist(), copy_to.tolist(), strict=True):
             self._stack[:, target].copy_(self._stack[:, source])
 
     def saved_rows(self, num_rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Persistent room for one pass's keys and values, each [layers, num_rows, heads, head_size]."""
+        """Persistent room for keys and values of one pass, each [layers, num_rows, heads, head_size]."""
         size = 2 * len(self.layer_names) * num_rows * self.num_kv_heads * self.head_size
         if self._saved is None or self._saved.numel() < size or self._saved.dtype != dtype:
             self._saved = torch.empty(size, dtype=dtype)
@@ -160,32 +162,26 @@ class TreePass:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        self.rows = torch.from_numpy(self.layout.write_rows)
-        self.slots = torch.from_numpy(self.layout.write_slots)
-        self.keys, self.values = self.store.saved_rows(len(self.rows), self.dtype)
-        self.store.copy_blocks(self.layout.copy_from, self.layout.copy_to)
+        layout = self.layout
+        self.rows = torch.from_numpy(layout.write_rows)
+        self.slots = torch.from_numpy(layout.write_slots)
+        self._side_rows = torch.from_numpy(layout.side_rows)
+        self.keys, self.values = self.store.saved_rows(len(self._side_rows), self.dtype)
+        self.store.copy_blocks(layout.copy_from, layout.copy_to)
 
     def save(
         self, layer_name: str, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's key and value rows in the order of the writes, kept for compaction.
+        """One layer's key and value rows in the order of the writes. Those off the first runs are kept for compaction.
 
         The model's own buffers are reused by compiled code, so what is kept is a copy.
         """
         layer = self.store.layer_index[layer_name]
-        keys, values = self.keys[layer], self.values[layer]
-        torch.index_select(key, 0, self.rows, out=keys)
-        torch.index_select(value, 0, self.rows, out=values)
-        return keys, values
+        torch.index_select(key, 0, self._side_rows, out=self.keys[layer])
+        torch.index_select(value, 0, self._side_rows, out=self.values[layer])
+        return key.index_select(0, self.rows), value.index_select(0, self.rows)
 
-    def compact(self, rows: Sequence[int], slots: Sequence[int], isa: str) -> None:
-        """Write the accepted rows that are not in their place yet into their slots, in all layers."""
-        if not rows:
-            return
-        places = torch.from_numpy(self.layout.first_write[np.asarray(rows)])
-        self.store.write(
-            self.keys[:, places],
-            self.values[:, places],
-            torch.tensor(slots, dtype=torch.int64),
-            isa,
-        )
+    def compact(self, rows: IntArray, slots: IntArray, isa: str) -> None:
+        """Write accepted rows off the first runs (int64 [m]) into their slots (int64 [m]), in all layers."""
+        places = torch.from_numpy(np.searchsorted(self.layout.side_rows, rows))
+        self.store.write(self.keys[:, places], self.values[:, places], torch.from_numpy(slots), isa)

@@ -36,6 +36,9 @@ else:
     GPUModelRunner = object  # a mixin: the device's runner class comes after it
 
 
+IntArray = NDArray[np.int64]
+
+
 class UnusedProposer:
     """What vLLM's ``custom_class`` method loads. The runner drafts itself, because a custom class sees no hidden
     states; nothing calls this one's ``propose``."""
@@ -53,22 +56,29 @@ class Step:
     """One verification pass: the trees of the batch's requests and where their rows are."""
 
     trees: list[TokenTree | None]
-    row_starts: list[int]
-    """The first row of each request in this pass, and the end."""
-    root_positions: list[int]
-    """Position of each request's root."""
+    """Of each request, as far as this pass can verify it; the rows of other nodes are computed and not looked at."""
+    root_rows: IntArray
+    """int64 [requests]: the row of each request's root; the rows of its nodes follow."""
+    root_positions: IntArray
+    """int64 [requests]: its position."""
     walk: VerificationWalk | None = None
     attention: CommonAttentionMetadata | None = None
     """vLLM's own metadata of this pass."""
 
-    def root_row(self, request: int) -> int:
-        tree = self.trees[request]
-        return self.row_starts[request + 1] - 1 - (len(tree) if tree is not None else 0)
+    @classmethod
+    def empty(cls) -> Step:
+        nothing = np.zeros(0, dtype=np.int64)
+        return cls([], nothing, nothing)
 
-    def last_row(self, request: int) -> int:
-        """The row of the last accepted token, whose logits gave the token just sampled."""
-        node = -1 if self.walk is None else self.walk.nodes[request]
-        return self.root_row(request) + node + 1
+    @property
+    def has_trees(self) -> bool:
+        return any(tree is not None for tree in self.trees)
+
+    def last_rows(self) -> IntArray:
+        """int64 [requests]: the row of the last accepted token, whose logits gave the token just sampled."""
+        if self.walk is None:
+            return self.root_rows
+        return self.root_rows + np.array(self.walk.nodes) + 1
 
 
 class TreeRunner(GPUModelRunner):
@@ -80,7 +90,7 @@ class TreeRunner(GPUModelRunner):
         self.settings = Settings.of(vllm_config)
         self.draft_source = self.make_draft_source()
         self.trees: dict[str, TokenTree] = {}
-        self.step = Step([], [0], [])
+        self.step = Step.empty()
         self.use_aux_hidden_state_outputs = self.draft_source.transfer_layer is not None
         # Near max_model_len stock puts zeros in place of all drafts; ours are cut by the scheduler instead.
         self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
@@ -107,16 +117,28 @@ class TreeRunner(GPUModelRunner):
     attention_name: str
     """How trees are attended, for the banner."""
 
-    def set_trees(self, trees: Sequence[TokenTree | None] | None) -> None:
-        """Hand the trees of the next pass to the attention metadata builder; None for a stock pass."""
+    def set_trees(self, trees: Sequence[TokenTree | None] | None, root_rows: IntArray) -> None:
+        """Hand the trees of the next pass and the rows of their roots to the attention metadata builder; None for a
+        stock pass."""
         raise NotImplementedError
 
-    def compact(self, rows: Sequence[int], slots: Sequence[int]) -> None:
-        """Move the keys and values of rows of the last pass into slots of the paged cache."""
+    def compact(self, rows: IntArray, slots: IntArray) -> None:
+        """Move the keys and values of rows of the last pass (int64 [m]) into slots of the paged cache (int64 [m])."""
         raise NotImplementedError
 
-    def fit_to_scratch(self, trees: list[TokenTree], first_positions: list[int]) -> list[TokenTree]:
-        """Cut runs off trees that the device could not verify together in one pass."""
+    def fit_to_scratch(
+        self,
+        trees: Sequence[TokenTree | None],
+        first_positions: IntArray,
+        rows_before: IntArray,
+    ) -> list[TokenTree | None]:
+        """Cut runs off trees that the device could not verify together in one pass.
+
+        Args:
+            trees: of each request of the pass.
+            first_positions: int64 [requests], the position of each request's first row.
+            rows_before: int64 [requests], its rows up to the root's, that one included.
+        """
         raise NotImplementedError
 
     def make_transfer_source(self) -> DraftSource:
@@ -139,34 +161,49 @@ class TreeRunner(GPUModelRunner):
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
         outputs = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         self.step = step = self._plan(scheduler_output, num_scheduled_tokens)
-        for request, tree in enumerate(step.trees):
-            if tree is not None and not tree.is_chain:
-                positions = torch.from_numpy(tree.positions(step.root_positions[request]))
-                self.positions[step.root_row(request) : step.row_starts[request + 1]] = (
-                    positions.to(self.positions.device)
-                )
-        self.set_trees(step.trees if any(tree is not None for tree in step.trees) else None)
+        self._set_positions(step)
+        self.set_trees(step.trees if step.has_trees else None, step.root_rows)
         return outputs
 
     def _plan(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Step:
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        row_starts = [0, *np.cumsum(num_scheduled_tokens).tolist()]
-        computed = self.input_batch.num_computed_tokens_cpu
-        trees: list[TokenTree | None] = []
-        root_positions = []
-        for request, request_id in enumerate(self.input_batch.req_ids):
-            tokens = drafts.get(request_id)
-            trees.append(self._scheduled_tree(request_id, tokens) if tokens else None)
-            num_nodes = len(tokens) if tokens else 0
-            num_rows = int(num_scheduled_tokens[request])
-            root_positions.append(int(computed[request]) + num_rows - 1 - num_nodes)
-        return Step(trees, row_starts, root_positions)
+        request_ids = self.input_batch.req_ids
+        num_rows = num_scheduled_tokens.astype(np.int64)
+        if not drafts:
+            rows_before = num_rows
+            trees: list[TokenTree | None] = [None] * len(request_ids)
+        else:
+            tokens = [drafts.get(request_id) or () for request_id in request_ids]
+            rows_before = num_rows - np.array([len(each) for each in tokens])
+            trees = [
+                self._scheduled_tree(request_id, each) if each else None
+                for request_id, each in zip(request_ids, tokens, strict=True)
+            ]
+        first_positions = self.input_batch.num_computed_tokens_cpu[: len(request_ids)]
+        first_positions = first_positions.astype(np.int64)
+        if drafts:
+            # Trees that an earlier step had no room for are in this pass too, beside those that were fitted since.
+            trees = self.fit_to_scratch(trees, first_positions, rows_before)
+        root_rows = np.cumsum(num_rows) - num_rows + rows_before - 1
+        return Step(trees, root_rows, first_positions + rows_before - 1)
 
-    def _scheduled_tree(self, request_id: str, tokens: list[int]) -> TokenTree:
+    def _set_positions(self, step: Step) -> None:
+        """Depths in place of vLLM's linear positions, at the rows of all trees."""
+        sizes = np.array([0 if tree is None else len(tree) for tree in step.trees])
+        if not sizes.any():
+            return
+        depths = np.concatenate([tree.depths for tree in step.trees if tree is not None])
+        places = np.arange(len(depths)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows = torch.from_numpy(np.repeat(step.root_rows, sizes) + 1 + places)
+        positions = torch.from_numpy(np.repeat(step.root_positions, sizes) + depths)
+        device = self.positions.device
+        self.positions[rows.to(device)] = positions.to(device, self.positions.dtype)
+
+    def _scheduled_tree(self, request_id: str, tokens: Sequence[int]) -> TokenTree:
         """The request's tree, cut to what was scheduled. Drafts that are not a tree of ours are a chain, which is
         what vLLM means by them."""
         tree = self.trees.pop(request_id, None)
-        if tree is not None and tree.tokens[: len(tokens)].tolist() == tokens:
+        if tree is not None and tree.tokens[: len(tokens)].tolist() == list(tokens):
             return tree.truncated(len(tokens))
         return TokenTree.chain(tokens)
 
@@ -174,7 +211,7 @@ class TreeRunner(GPUModelRunner):
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
         step = self.step
-        if logits is None or not any(tree is not None for tree in step.trees):
+        if logits is None or not step.has_trees:
             return super()._sample(logits, None)
         assert spec_decode_metadata is not None
         self.input_batch.update_async_output_token_ids()
@@ -189,20 +226,20 @@ class TreeRunner(GPUModelRunner):
         return verified.output
 
     def _compact_accepted(self, step: Step, walk: VerificationWalk) -> None:
-        rows: list[int] = []
-        slots: list[int] = []
+        moved = [
+            (request, depth, node)
+            for request, tree in enumerate(step.trees)
+            if tree is not None
+            for depth, node in enumerate(tree.path(walk.nodes[request]).tolist(), start=1)
+            if node != depth - 1
+        ]
+        if not moved:
+            return
+        requests, depths, nodes = np.array(moved).T
         table = self.input_batch.block_table[0]
-        for request, tree in enumerate(step.trees):
-            if tree is None:
-                continue
-            path = tree.path(walk.nodes[request]).tolist()
-            for depth, node in enumerate(path, start=1):
-                if node != depth - 1:
-                    position = step.root_positions[request] + depth
-                    block = int(table.block_table.np[request, position // table.block_size])
-                    rows.append(step.root_row(request) + 1 + node)
-                    slots.append(block * table.block_size + position % table.block_size)
-        self.compact(rows, slots)
+        size, positions = table.block_size, step.root_positions[requests] + depths
+        blocks = table.block_table.np[requests, positions // size].astype(np.int64)
+        self.compact(step.root_rows[requests] + 1 + nodes, blocks * size + positions % size)
 
     def propose_draft_token_ids(
         self,
@@ -216,7 +253,7 @@ class TreeRunner(GPUModelRunner):
         common_attn_metadata: CommonAttentionMetadata,
         slot_mappings: object,
     ) -> list[list[int]]:
-        self.set_trees(None)
+        self.set_trees(None, self.step.root_rows)
         self.step.attention = common_attn_metadata
         requests = [request for request, tokens in enumerate(sampled_token_ids) if tokens]
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
@@ -225,7 +262,7 @@ class TreeRunner(GPUModelRunner):
         lengths = self.input_batch.num_tokens_no_spec
         hidden = None
         if aux_hidden_states is not None:
-            hidden = aux_hidden_states[0][[self.step.last_row(request) for request in requests]]
+            hidden = aux_hidden_states[0][torch.from_numpy(self.step.last_rows()[requests])]
         batch = DraftBatch(
             request_ids=[self.input_batch.req_ids[request] for request in requests],
             batch_rows=np.array(requests),
@@ -235,15 +272,17 @@ class TreeRunner(GPUModelRunner):
             hidden=hidden,
             budget=min(self.num_spec_tokens, scheduler_output.num_spec_tokens_to_schedule),
         )
-        trees = [
-            self._for_request(request_id, tree)
-            for request_id, tree in zip(
-                batch.request_ids, self.draft_source.propose(batch), strict=True
-            )
-        ]
-        first_positions = [int(lengths[request]) - 1 for request in requests]
-        trees = self.fit_to_scratch(trees, first_positions)
+        proposed = self.draft_source.propose(batch)
+        trees = self.fit_to_scratch(
+            [
+                self._for_request(request_id, tree)
+                for request_id, tree in zip(batch.request_ids, proposed, strict=True)
+            ],
+            lengths[requests].astype(np.int64) - 1,
+            np.ones(len(requests), dtype=np.int64),
+        )
         for request, request_id, tree in zip(requests, batch.request_ids, trees, strict=True):
+            assert tree is not None
             self.trees[request_id] = tree
             drafts[request] = tree.tokens.tolist()
         return drafts
@@ -264,13 +303,14 @@ class TreeRunner(GPUModelRunner):
     def _for_request(self, request_id: str, tree: TokenTree) -> TokenTree:
         """What a request can use of its tree.
 
-        A thinking budget counts tokens from step to step, so such a request gets no drafts. vLLM checks drafts against
-        a grammar as a chain, so a request with one gets its most probable path.
+        A thinking budget counts tokens from step to step, and log-probabilities of given token ids come in a form that
+        has no place for several tokens a step, so such a request gets no drafts. vLLM checks drafts against a grammar
+        as a chain, so a request with one gets its most probable path.
         """
         params = self.requests[request_id].sampling_params
         if params is None:
             return tree
-        if params.thinking_token_budget is not None:
+        if params.thinking_token_budget is not None or params.logprob_token_ids is not None:
             return tree.truncated(0)
         return tree if params.structured_outputs is None else limit_runs(tree, 1)
 

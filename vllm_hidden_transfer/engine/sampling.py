@@ -48,16 +48,18 @@ def verify(
         sampler: vLLM's sampler.
         logits: [rows, vocabulary], the target's logits of each request's root and nodes, in the order of the rows.
         metadata: vLLM's sampling metadata, one entry a request.
-        trees: of each request; None samples the root only.
+        trees: of each request; None samples the root only, as does a request with ``logprob_token_ids``.
         root_rows: the row of ``logits`` that holds each request's root.
 
     Returns:
         The sampler output as a chain rejection sampler would give it ([requests, max tokens], padded), and the walk.
     """
-    walk = VerificationWalk(trees)
+    # Logprobs of given token ids come in a form that has no place for several tokens a step.
+    root_only = metadata.logprob_token_ids or {}
+    walk = VerificationWalk(
+        [None if request in root_only else tree for request, tree in enumerate(trees)]
+    )
     steps: list[tuple[list[int], SamplerOutput]] = []
-    # Logprobs of given token ids come in a form that has no place for several tokens a step: accept nothing then.
-    root_only = bool(metadata.logprob_token_ids)
     while walk.active:
         requests = walk.active
         rows = torch.tensor([root_rows[request] + walk.nodes[request] + 1 for request in requests])
@@ -66,8 +68,6 @@ def verify(
         output = sampler(logits=logits[rows], sampling_metadata=here)
         steps.append((requests, output))
         walk.advance(output.sampled_token_ids.flatten().tolist())
-        if root_only:
-            walk.stop()
     return Verified(_combined(steps, len(trees)), walk)
 
 
@@ -109,7 +109,9 @@ def _on_path(
             if request in metadata.bad_words_token_ids
         },
         logitsprocs=_processors_on_path(metadata.logitsprocs, requests, walk),
-        thinking_budget_state_holder=None,  # a request with such a budget has no tree
+        # Requests with these two have no tree.
+        thinking_budget_state_holder=None,
+        logprob_token_ids=None,
     )
 
 
@@ -187,19 +189,28 @@ def _combined(steps: list[tuple[list[int], SamplerOutput]], num_requests: int) -
     """All depths as one output: tokens [requests, depths], logprobs [requests * depths, ...]."""
     if len(steps) == 1:
         return steps[0][1]
-    first = steps[0][1]
-    sampled = first.sampled_token_ids.new_full((num_requests, len(steps)), PLACEHOLDER_TOKEN_ID)
-    parts: list[torch.Tensor] | None = None
-    if first.logprobs_tensors is not None:
-        parts = [
-            part.new_zeros((num_requests, len(steps), *part.shape[1:]))
-            for part in first.logprobs_tensors[:3]
-        ]
+    tokens = steps[0][1].sampled_token_ids
+    sampled = tokens.new_full((num_requests, len(steps)), PLACEHOLDER_TOKEN_ID)
     for depth, (requests, output) in enumerate(steps):
         sampled[requests, depth] = output.sampled_token_ids[:, 0]
-        if parts is not None:
-            assert output.logprobs_tensors is not None
-            for part, values in zip(parts, output.logprobs_tensors[:3], strict=True):
-                part[requests, depth] = values
-    logprobs = None if parts is None else LogprobsTensors(*(part.flatten(0, 1) for part in parts))
+    found = [
+        (depth, requests, output.logprobs_tensors)
+        for depth, (requests, output) in enumerate(steps)
+        if output.logprobs_tensors is not None
+    ]
+    if not found:
+        return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=None)
+    # Beside a request that asks for given ids the root's are as many as it gave, deeper ones as many as others asked.
+    width = max(tensors.logprobs.shape[-1] for _, _, tensors in found)
+    first = found[0][2]
+    shape = (num_requests, len(steps))
+    ids = first.logprob_token_ids.new_zeros((*shape, width))
+    values = first.logprobs.new_full((*shape, width), -torch.inf)
+    ranks = first.selected_token_ranks.new_zeros(shape)
+    for depth, requests, tensors in found:
+        size = tensors.logprobs.shape[-1]
+        ids[requests, depth, :size] = tensors.logprob_token_ids
+        values[requests, depth, :size] = tensors.logprobs
+        ranks[requests, depth] = tensors.selected_token_ranks
+    logprobs = LogprobsTensors(*(part.flatten(0, 1) for part in (ids, values, ranks)))
     return SamplerOutput(sampled_token_ids=sampled, logprobs_tensors=logprobs)

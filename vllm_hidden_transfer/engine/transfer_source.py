@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from vllm_hidden_transfer.drafting.distributions import top_candidates
+from vllm_hidden_transfer.drafting.distributions import candidates
 from vllm_hidden_transfer.drafting.source import DraftBatch
 from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
 from vllm_hidden_transfer.engine.draft_pass import DraftPass
-from vllm_hidden_transfer.tree import TokenTree, most_probable_paths
+from vllm_hidden_transfer.tree import TokenTree, draft_blocks, most_probable, path_major
 
 if TYPE_CHECKING:
     from vllm_hidden_transfer.engine.cpu import TreeCPUModelRunner
@@ -28,6 +28,7 @@ class TransferSource:
 
     Pseudo rows stand at the positions of the tokens to come. Their keys and values go into the request's own
     blocks, into slots that the next step writes before it reads them, or into scratch where no block is allocated.
+    Where there is no scratch left, a request drafts as deep as its own blocks reach.
     """
 
     def __init__(self, runner: TreeCPUModelRunner, checkpoint: str) -> None:
@@ -35,8 +36,11 @@ class TransferSource:
         self._pass = DraftPass(checkpoint, runner.vllm_config, runner.device)
         self.config = self._pass.config
         self.transfer_layer: int | None = self.config.transfer_layer
-        self._temperatures = list(self.config.calibration.temperatures)
+        self._temperatures = torch.tensor(
+            self.config.calibration.temperatures, dtype=torch.float32, device=runner.device
+        )
         self._slots = np.zeros((0, 0), dtype=np.int64)
+        self._homeless = np.zeros((0, 0), dtype=np.bool_)
         self.unusable_rows = 0
         """Draft rows so far whose logits were NaN or infinite."""
 
@@ -49,20 +53,25 @@ class TransferSource:
     @torch.inference_mode()
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         logits = self.draft_logits(batch)
-        tokens, log_probabilities = top_candidates(
+        tokens, log_probabilities = candidates(
             logits, self._temperatures, batch.budget, self._pass.bigram
         )
         self._drop_unusable(log_probabilities)
-        return most_probable_paths(tokens, log_probabilities, batch.budget)
+        trees = most_probable(tokens, log_probabilities, batch.budget)
+        return path_major(trees).on_host()
 
-    def _drop_unusable(self, log_probabilities: np.ndarray) -> None:
-        """Rows with NaN or infinite logits give no drafts (the tree builder leaves them out): count them, say so
-        once, and clear their keys and values, because the kernel reads whole blocks and 0 x NaN is NaN."""
-        rows = np.isnan(log_probabilities[..., 0]).reshape(*self._slots.shape, -1).any(-1)
-        unusable = int(rows.sum())
+    def _drop_unusable(self, log_probabilities: torch.Tensor) -> None:
+        """Leave rows without a meaning out of the trees.
+
+        A row without a block of its own has seen what others wrote. One with NaN or infinite logits is counted and told
+        of once, and its keys and values are cleared, because the kernel reads whole blocks and 0 x NaN is NaN."""
+        homeless = torch.from_numpy(self._homeless)
+        log_probabilities[homeless] = -torch.inf
+        broken = log_probabilities[..., 0].isnan().reshape(*self._slots.shape, -1).any(-1)
+        unusable = int(broken.sum())
         if not unusable:
             return
-        self._runner.clear(torch.from_numpy(self._slots[rows]))
+        self._runner.clear(torch.from_numpy(self._slots)[broken.cpu()])
         if not self.unusable_rows:
             logger.warning(UNUSABLE_DRAFTS)
         self.unusable_rows += unusable
@@ -79,41 +88,42 @@ class TransferSource:
         # Row 1 stands where the sampled token will.
         firsts = np.array([len(tokens) - 1 for tokens in batch.token_ids])
         positions = firsts[:, None] + np.arange(steps)
-        attention = self._attention(batch, firsts, steps)
+        attention = self._attention(batch.batch_rows, positions)
         rope = torch.from_numpy(positions.clip(max=runner.max_model_len - 1).ravel())
         runner.map_adapters(batch.batch_rows, steps)
         return self._pass.logits(runner.model, pseudo, rope, attention)
 
     def _attention(
-        self, batch: DraftBatch, firsts: np.ndarray, steps: int
+        self, batch_rows: np.ndarray, positions: np.ndarray
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Stock attention metadata of the draft pass, and the slots of its rows, by layer name."""
         runner = self._runner
         table = runner.input_batch.block_table[0]
         size = table.block_size
-        lengths = firsts + steps
-        blocks = np.zeros((len(firsts), -(-int(lengths.max()) // size)), dtype=np.int32)
-        scratch = iter(runner.store.scratch)
-        for request, row in enumerate(batch.batch_rows.tolist()):
-            allocated = min(int(table.num_blocks_per_row[row]), blocks.shape[1])
-            blocks[request, :allocated] = table.block_table.np[row, :allocated]
-            for missing in range(allocated, -(-int(lengths[request]) // size)):
-                blocks[request, missing] = next(scratch)
-        positions = firsts[:, None] + np.arange(steps)
+        num_requests, steps = positions.shape
+        lengths = positions[:, -1] + 1
+        blocks, homed = draft_blocks(
+            table.block_table.np[batch_rows],
+            table.num_blocks_per_row[batch_rows],
+            lengths,
+            size,
+            runner.store.scratch,
+        )
         slots = np.take_along_axis(blocks, positions // size, axis=1) * size + positions % size
         self._slots = slots
-        starts = torch.arange(0, len(firsts) * steps + 1, steps, dtype=torch.int32)
+        self._homeless = positions >= homed[:, None] * size
+        starts = torch.arange(0, num_requests * steps + 1, steps, dtype=torch.int32)
         assert runner.step.attention is not None
         common = replace(
             runner.step.attention,
             query_start_loc=starts,
             query_start_loc_cpu=starts,
             seq_lens=torch.from_numpy(lengths.astype(np.int32)),
-            num_reqs=len(firsts),
-            num_actual_tokens=len(firsts) * steps,
+            num_reqs=num_requests,
+            num_actual_tokens=num_requests * steps,
             max_query_len=steps,
             max_seq_len=int(lengths.max()),
-            block_table_tensor=torch.from_numpy(blocks),
-            slot_mapping=torch.from_numpy(slots.ravel().astype(np.int64)),
+            block_table_tensor=torch.from_numpy(blocks.astype(np.int32)),
+            slot_mapping=torch.from_numpy(slots.ravel()),
         )
         return runner.draft_metadata(common)

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token trees: build, score, mask, positions, walk. No vLLM and no model."""
 
-from vllm_hidden_transfer.tree.build import limit_runs, most_probable_paths
+from vllm_hidden_transfer.tree.build import (
+    limit_runs,
+    most_probable,
+    most_probable_paths,
+    path_major,
+)
 from vllm_hidden_transfer.tree.layout import (
     PathLayout,
+    Scratch,
+    draft_blocks,
     fit_to_scratch,
     lay_out_paths,
-    scratch_blocks_of_run,
 )
 from vllm_hidden_transfer.tree.tensors import TensorWalk, TreeTensors
 from vllm_hidden_transfer.tree.token_tree import ROOT, TokenTree
@@ -15,13 +21,16 @@ from vllm_hidden_transfer.tree.walk import VerificationWalk
 __all__ = [
     "ROOT",
     "PathLayout",
+    "Scratch",
     "TensorWalk",
     "TokenTree",
     "TreeTensors",
     "VerificationWalk",
+    "draft_blocks",
     "fit_to_scratch",
     "lay_out_paths",
     "limit_runs",
+    "most_probable",
     "most_probable_paths",
-    "scratch_blocks_of_run",
+    "path_major",
 ]

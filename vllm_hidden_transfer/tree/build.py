@@ -11,87 +11,117 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from vllm_hidden_transfer.tree.tensors import TreeTensors
 from vllm_hidden_transfer.tree.token_tree import ROOT, TokenTree
 
-FloatArray = NDArray[np.float64]
+
+def most_probable(
+    tokens: torch.Tensor, log_probabilities: torch.Tensor, budget: int
+) -> TreeTensors:
+    """The ``budget`` most probable paths of every request, best first. Nothing waits for the device.
+
+    Args:
+        tokens: int64 [b, depths, width], candidates of each depth, distinct within a depth.
+        log_probabilities: float64 of the same shape, the candidates' draft log-probabilities, or
+            [b, depths, width, width], those after each candidate of the depth before. Candidates that are -inf or NaN
+            never live.
+        budget: nodes of each tree, dead ones included.
+
+    Returns:
+        The trees. Of equally probable paths any may be taken, but never a child without its parent.
+    """
+    scores = log_probabilities.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    num_requests, num_depths, width = tokens.shape
+    if scores.dim() == 3:
+        scores = scores[:, :, None]
+    beam_choices = tokens.new_zeros(num_requests, 1)
+    beam_scores = scores.new_zeros(num_requests, 1)
+    beam_nodes = tokens.new_full((num_requests, 1), ROOT)
+    levels: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    first = 0
+    for depth in range(num_depths):
+        # A node of the best tree is among the ``budget`` best of its own depth, so a beam loses nothing.
+        rows = beam_choices.clamp(max=scores.shape[2] - 1)[:, :, None].expand(-1, -1, width)
+        flat = (beam_scores[:, :, None] + scores[:, depth].gather(1, rows)).flatten(1)
+        keep = min(budget, flat.shape[1])
+        beam_scores, best = flat.topk(keep, dim=1)
+        parent, beam_choices = beam_nodes.gather(1, best // width), best % width
+        levels.append((tokens[:, depth].gather(1, beam_choices), parent, beam_scores))
+        beam_nodes = torch.arange(first, first + keep, device=tokens.device).expand(
+            num_requests, keep
+        )
+        first += keep
+    all_tokens, all_parents, all_scores = (
+        torch.cat(part, dim=1) for part in zip(*levels, strict=True)
+    )
+    return _take(all_tokens, all_parents, all_scores, budget)
+
+
+def _take(
+    tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor, budget: int
+) -> TreeTensors:
+    """The best nodes in the order of their scores, which no parent follows its child in: the sort is stable, and
+    shallower nodes come first in what is sorted."""
+    ordered, places = scores.sort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(places)
+    rank.scatter_(1, places, torch.arange(places.shape[1], device=places.device).expand_as(places))
+    new_parents = torch.where(parents == ROOT, ROOT, rank.gather(1, parents.clamp(min=0)))
+    found = min(budget, places.shape[1])
+    missing = (0, budget - found)
+    pad = torch.nn.functional.pad
+    chosen_scores = pad(ordered[:, :found], missing, value=-torch.inf)
+    alive = chosen_scores.isfinite()
+    chosen_tokens = pad(tokens.gather(1, places[:, :found]), missing)
+    chosen_parents = pad(new_parents.gather(1, places[:, :found]), missing)
+    before = torch.arange(budget, device=tokens.device) - 1
+    return TreeTensors(
+        torch.where(alive, chosen_tokens, 0),
+        torch.where(alive, chosen_parents, before),
+        alive,
+        chosen_scores,
+    )
+
+
+def path_major(trees: TreeTensors) -> TreeTensors:
+    """The same trees with every run as long as can be: a path's rows stay together. Nothing waits for the device.
+
+    A node's first child in the given order continues its run. The most probable path so comes first: its rows need no
+    copy of the cache. The other runs follow in the order of their first node, so that a tree which is cut from its
+    end loses its least probable runs.
+
+    Args:
+        trees: best first, as ``most_probable`` gives them; dead nodes last.
+    """
+    parents, alive, size = trees.parents, trees.alive, trees.parents.shape[1]
+    nodes = torch.arange(size, device=parents.device)
+    older_sibling = (parents[:, :, None] == parents[:, None, :]) & (nodes < nodes[:, None])
+    continues = alive & (parents != ROOT) & ~older_sibling.any(-1)
+    heads = torch.where(continues, parents, nodes)
+    for _ in range((size - 1).bit_length()):  # each look-up doubles the steps towards the head
+        heads = heads.gather(1, heads)
+    key = torch.where(alive, heads * size + nodes, size * size + nodes)
+    order = key.argsort(dim=1)
+    place = torch.empty_like(order)
+    place.scatter_(1, order, nodes.expand_as(order))
+    moved = torch.where(parents == ROOT, ROOT, place.gather(1, parents.clamp(min=0)))
+    new_alive = alive.gather(1, order)
+    return TreeTensors(
+        trees.tokens.gather(1, order),
+        torch.where(new_alive, moved.gather(1, order), nodes - 1),
+        new_alive,
+        None if trees.log_probabilities is None else trees.log_probabilities.gather(1, order),
+    )
 
 
 def most_probable_paths(
-    tokens: NDArray[np.int64], log_probabilities: FloatArray, budget: int
+    tokens: NDArray[np.int64], log_probabilities: NDArray[np.float64], budget: int
 ) -> list[TokenTree]:
-    """The ``budget`` most probable paths of every request, as trees in path-major order.
-
-    Args:
-        tokens: int64 [requests, depths, width], candidate tokens of each depth, distinct within a depth.
-        log_probabilities: float64 of the same shape, the candidates' draft log-probabilities, or
-            [requests, depths, width, width], those after each candidate of the depth before. Candidates that are -inf
-            or NaN never enter a tree.
-        budget: number of nodes at most.
-
-    Returns:
-        One tree a request, with at most ``budget`` nodes. Ties go to the shallower path.
-    """
-    num_requests, num_depths, width = tokens.shape
-    scores = np.where(np.isnan(log_probabilities), -np.inf, log_probabilities)
-    if scores.ndim == 3:
-        scores = scores[:, :, None]
-    beam_choices = np.zeros((num_requests, 1), dtype=np.int64)
-    beam_scores = np.zeros((num_requests, 1))
-    beam_parents = np.full((num_requests, 1), ROOT)
-    levels: list[tuple[NDArray[np.int64], NDArray[np.int64], FloatArray]] = []
-    level_start = 0
-    for depth in range(num_depths):
-        # A node of the best tree is among the ``budget`` best of its own depth, so a beam loses nothing.
-        rows = np.minimum(beam_choices, scores.shape[2] - 1)
-        after = np.take_along_axis(scores[:, depth], rows[:, :, None], axis=1)
-        flat = (beam_scores[:, :, None] + after).reshape(num_requests, -1)
-        keep = min(budget, flat.shape[1])
-        best = np.argsort(-flat, axis=1, kind="stable")[:, :keep]
-        beam_scores = np.take_along_axis(flat, best, axis=1)
-        beam_choices = best % width
-        level_tokens = np.take_along_axis(tokens[:, depth], beam_choices, axis=1)
-        level_parents = np.take_along_axis(beam_parents, best // width, axis=1)
-        levels.append((level_tokens, level_parents, beam_scores))
-        beam_parents = np.broadcast_to(level_start + np.arange(keep), (num_requests, keep))
-        level_start += keep
-    all_tokens, all_parents, all_scores = (
-        np.concatenate(part, axis=1) for part in zip(*levels, strict=True)
-    )
-    order = np.argsort(-all_scores, axis=1, kind="stable")[:, :budget]
-    return [
-        _path_major(all_tokens[row], all_parents[row], all_scores[row], order[row])
-        for row in range(num_requests)
-    ]
-
-
-def _path_major(
-    tokens: NDArray[np.int64],
-    parents: NDArray[np.int64],
-    scores: FloatArray,
-    chosen: NDArray[np.int64],
-) -> TokenTree:
-    """Lay the chosen nodes (best first) out so that every run is as long as can be: a path's rows stay together.
-
-    The most probable path comes first: its rows need no copy of the cache. The other runs follow in the order of
-    their first node, so that a tree which the scheduler cuts loses its least probable runs.
-    """
-    chosen = chosen[np.isfinite(scores[chosen])]
-    children: dict[int, list[int]] = {}
-    parent_of = dict(zip(chosen.tolist(), parents[chosen].tolist(), strict=True))
-    for node, parent in parent_of.items():
-        children.setdefault(parent, []).append(node)
-    place: dict[int, int] = {ROOT: ROOT}
-    ordered: list[int] = []
-    for start in parent_of:
-        run: int | None = start
-        while run is not None and run not in place:
-            place[run] = len(ordered)
-            ordered.append(run)
-            run = next(iter(children.get(run, ())), None)
-    new_parents = np.array([place[parent_of[node]] for node in ordered], dtype=np.int64)
-    return TokenTree(tokens[ordered], new_parents)
+    """``most_probable`` in path-major order, as trees on the host with at most ``budget`` nodes."""
+    best = most_probable(torch.tensor(tokens), torch.tensor(log_probabilities), budget)
+    return path_major(best).on_host()
 
 
 def limit_runs(tree: TokenTree, max_runs: int) -> TokenTree:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees of a batch as tensors on the device: build, ancestors, depths, walk. Nothing here waits for the device.
+"""Trees of a batch as tensors on the device: ancestors, depths, walk. Nothing here waits for the device but ``of`` and
+``on_host``.
 
-The tensor twins of ``token_tree``, ``build`` and ``walk``, for a runner that never knows on the host what was drafted
+The tensor twins of ``token_tree`` and ``walk``, for a runner that never knows on the host what was drafted
 or accepted. Every request has the same number of rows: a tree with fewer nodes is padded with dead ones, which hang
 off the row before them (so that rows stay in topological order) and can never be accepted. Plain torch, no vLLM.
 """
@@ -27,6 +28,8 @@ class TreeTensors:
     """int64 [b, K]: each node's parent, ``ROOT`` for a child of the root."""
     alive: torch.Tensor
     """bool [b, K]: False at dead nodes."""
+    log_probabilities: torch.Tensor | None = None
+    """float64 [b, K]: of each node's path under the drafts, where known; -inf at dead nodes."""
 
     @classmethod
     def of(cls, trees: Sequence[TokenTree], budget: int, device: torch.device) -> TreeTensors:
@@ -39,6 +42,27 @@ class TreeTensors:
             parents[row, : len(tree)] = tree.parents
             alive[row, : len(tree)] = True
         return cls(*(torch.from_numpy(part).to(device) for part in (tokens, parents, alive)))
+
+    def on_host(self) -> list[TokenTree]:
+        """One host tree a request, without the dead nodes, which come last."""
+        tokens, parents, alive = (
+            part.cpu().numpy() for part in (self.tokens, self.parents, self.alive)
+        )
+        scores = None if self.log_probabilities is None else self.log_probabilities.cpu().numpy()
+        depth = np.where(alive, 1, 0)
+        above = np.where(alive, parents, ROOT)
+        while bool((inner := above != ROOT).any()):
+            depth += inner
+            above = np.where(inner, np.take_along_axis(parents, above.clip(min=0), axis=1), ROOT)
+        return [
+            TokenTree.trusted(
+                tokens[row, :size],
+                parents[row, :size],
+                depth[row, :size],
+                None if scores is None else scores[row, :size],
+            )
+            for row, size in enumerate(alive.sum(1).tolist())
+        ]
 
 
 @dataclass(frozen=True)
@@ -90,67 +114,3 @@ def walk(trees: TreeTensors, sampled: torch.Tensor) -> TensorWalk:
     # Nodes that are not accepted all write a zero at depth 0, which is the root's row.
     rows.scatter_(1, depth, torch.where(accepted, nodes + 1, 0))
     return TensorWalk(rows, accepted.sum(-1), sampled.gather(1, rows))
-
-
-def most_probable(
-    tokens: torch.Tensor, log_probabilities: torch.Tensor, budget: int
-) -> TreeTensors:
-    """The ``budget`` most probable paths of every request, best first: the nodes of ``build.most_probable_paths``.
-
-    Args:
-        tokens: int64 [b, depths, width], candidates of each depth, distinct within a depth.
-        log_probabilities: float64 of the same shape, or [b, depths, width, width], those after each candidate of the
-            depth before; candidates that are -inf or NaN never live.
-        budget: nodes of each tree, dead ones included.
-    """
-    scores = log_probabilities.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-    num_requests, num_depths, width = tokens.shape
-    if scores.dim() == 3:
-        scores = scores[:, :, None]
-    beam_choices = tokens.new_zeros(num_requests, 1)
-    beam_scores = scores.new_zeros(num_requests, 1)
-    beam_nodes = tokens.new_full((num_requests, 1), ROOT)
-    levels: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    first = 0
-    for depth in range(num_depths):
-        # A node of the best tree is among the ``budget`` best of its own depth, so a beam loses nothing.
-        rows = beam_choices.clamp(max=scores.shape[2] - 1)[:, :, None].expand(-1, -1, width)
-        flat = (beam_scores[:, :, None] + scores[:, depth].gather(1, rows)).flatten(1)
-        keep = min(budget, flat.shape[1])
-        beam_scores, best = _best(flat, keep)
-        parent, beam_choices = beam_nodes.gather(1, best // width), best % width
-        levels.append((tokens[:, depth].gather(1, beam_choices), parent, beam_scores))
-        beam_nodes = torch.arange(first, first + keep, device=tokens.device).expand(
-            num_requests, keep
-        )
-        first += keep
-    all_tokens, all_parents, all_scores = (
-        torch.cat(part, dim=1) for part in zip(*levels, strict=True)
-    )
-    return _take(all_tokens, all_parents, all_scores, budget)
-
-
-def _best(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest scores of each row, best first, and their places; of equal ones the first counts."""
-    ordered, places = scores.sort(dim=1, descending=True, stable=True)
-    return ordered[:, :count], places[:, :count]
-
-
-def _take(
-    tokens: torch.Tensor, parents: torch.Tensor, scores: torch.Tensor, budget: int
-) -> TreeTensors:
-    """The best nodes in the order of their scores, which no parent follows its child in."""
-    ordered, places = scores.sort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(places)
-    rank.scatter_(1, places, torch.arange(places.shape[1], device=places.device).expand_as(places))
-    new_parents = torch.where(parents == ROOT, ROOT, rank.gather(1, parents.clamp(min=0)))
-    found = min(budget, places.shape[1])
-    missing = (0, budget - found)
-    pad = torch.nn.functional.pad
-    alive = pad(ordered[:, :found].isfinite(), missing)
-    chosen_tokens = pad(tokens.gather(1, places[:, :found]), missing)
-    chosen_parents = pad(new_parents.gather(1, places[:, :found]), missing)
-    before = torch.arange(budget, device=tokens.device) - 1
-    return TreeTensors(
-        torch.where(alive, chosen_tokens, 0), torch.where(alive, chosen_parents, before), alive
-    )

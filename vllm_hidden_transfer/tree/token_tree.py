@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
 
 ROOT = -1
 
@@ -26,6 +27,7 @@ class TokenTree:
     Args:
         tokens: int64 [n], the draft token of each node.
         parents: int64 [n], the index of each node's parent, ``ROOT`` (-1) for a child of the root.
+        log_probabilities: float64 [n], of each node's path from the root under the drafts; None where nobody knows.
 
     Raises:
         ValueError: when the two differ in length or a parent does not precede its child.
@@ -33,6 +35,7 @@ class TokenTree:
 
     tokens: IntArray
     parents: IntArray
+    log_probabilities: FloatArray | None = None
     depths: IntArray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,6 +57,21 @@ class TokenTree:
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "parents", parents)
         object.__setattr__(self, "depths", depths)
+
+    @classmethod
+    def trusted(
+        cls,
+        tokens: IntArray,
+        parents: IntArray,
+        depths: IntArray,
+        log_probabilities: FloatArray | None = None,
+    ) -> TokenTree:
+        """A tree from arrays that are known to be one, without a look at them: for code that runs in every step."""
+        tree = object.__new__(cls)
+        tree.__dict__.update(
+            tokens=tokens, parents=parents, depths=depths, log_probabilities=log_probabilities
+        )
+        return tree
 
     @classmethod
     def chain(cls, tokens: ArrayLike) -> TokenTree:
@@ -84,7 +102,19 @@ class TokenTree:
         """The first ``num_nodes`` nodes. A prefix of a topological order is a tree again."""
         if num_nodes >= len(self):
             return self
-        return TokenTree(self.tokens[:num_nodes], self.parents[:num_nodes])
+        scores = self.log_probabilities
+        return TokenTree.trusted(
+            self.tokens[:num_nodes],
+            self.parents[:num_nodes],
+            self.depths[:num_nodes],
+            None if scores is None else scores[:num_nodes],
+        )
+
+    def path_probabilities(self) -> FloatArray:
+        """float64 [n]: of each node's path; where nobody knows, each child counts half of its parent."""
+        scores = self.log_probabilities
+        halves = np.log(0.5) * self.depths
+        return np.exp(halves if scores is None else scores).astype(np.float64, copy=False)
 
     @cached_property
     def max_depth(self) -> int:

@@ -45,7 +45,3 @@ class VerificationWalk:
                 self.nodes[request] = child
                 still_walking.append(request)
         self.active = still_walking
-
-    def stop(self) -> None:
-        """End all walks where they stand; what was sampled stays valid."""
-        self.active = []

@@ -16,10 +16,10 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
 from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
 from vllm_hidden_transfer.engine.cpu_paths import CPUPaths
-from vllm_hidden_transfer.engine.kv_store import with_scratch_blocks
+from vllm_hidden_transfer.engine.kv_store import num_scratch_blocks, with_scratch_blocks
 from vllm_hidden_transfer.engine.v2.drafting import SlotBatch
 from vllm_hidden_transfer.engine.v2.runner import TreeRunnerV2
-from vllm_hidden_transfer.tree import TokenTree, scratch_blocks_of_run
+from vllm_hidden_transfer.tree import TokenTree, draft_blocks
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -37,11 +37,9 @@ class TreeCPUModelRunnerV2(CPUPaths, TreeRunnerV2, CPUModelRunner):
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
-        # Every tree is verified whole here, so there is room for the bushiest ones.
-        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        nodes = self.num_speculative_steps
-        each = scratch_blocks_of_run(nodes + 1, block_size - 1, block_size)
-        scratch = self.max_num_reqs * nodes * each
+        scratch = num_scratch_blocks(
+            kv_cache_config.num_blocks, self.max_num_reqs, self.num_speculative_steps
+        )
         larger = with_scratch_blocks(kv_cache_config, scratch)
         super().initialize_kv_cache(larger, *args, **kwargs)
         layers = self.compilation_config.static_forward_context
@@ -50,42 +48,51 @@ class TreeCPUModelRunnerV2(CPUPaths, TreeRunnerV2, CPUModelRunner):
         self.open_store(caches, kv_cache_config.num_blocks, scratch)
 
     def set_batch_trees(self, batch: InputBatch) -> None:
+        roots = batch.logits_indices[batch.cu_num_logits[:-1].long()].numpy()
         if not batch.num_draft_tokens:
-            self.set_trees(None)
+            self.set_trees(None, roots)
             return
         counts = batch.num_draft_tokens_per_req
         assert counts is not None
-        parents = self.slots.parents[batch.idx_mapping].numpy()
+        slots = batch.idx_mapping
+        parents = self.slots.parents[slots].numpy()
         # Attention does not look at tokens, and a dead node is a row like another.
-        self.set_trees(
-            [
-                TokenTree(np.zeros(count, dtype=np.int64), parents[row, :count]) if count else None
-                for row, count in enumerate(counts.tolist())
-            ]
-        )
+        trees = [
+            TokenTree(np.zeros(count, dtype=np.int64), parents[row, :count]) if count else None
+            for row, count in enumerate(counts.tolist())
+        ]
+        starts = batch.query_start_loc_np[: len(trees)].astype(np.int64)
+        first_positions = batch.positions[starts].numpy()
+        fitted = self.fit_to_scratch(trees, first_positions, roots - starts + 1)
+        for slot, tree, whole in zip(slots.tolist(), fitted, trees, strict=True):
+            if tree is not None and tree is not whole:
+                self.slots.alive[slot, len(tree) :] = False
+        self.set_trees(fitted, roots)
 
     def move_rows(self, rows: torch.Tensor, slots: torch.Tensor, moved: torch.Tensor) -> None:
-        self.compact(rows[moved].tolist(), slots[moved].tolist())
+        self.compact(rows[moved].numpy(), slots[moved].numpy())
 
     def draft_attention(
         self, batch: SlotBatch, positions: torch.Tensor
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Pseudo rows lie in the request's own blocks, into which the next step writes before it reads them, or in
         scratch where no block is allocated."""
-        size, scratch = self.store.block_size, self.store.scratch
+        size = self.store.block_size
         num_requests, steps = positions.shape
-        spare = scratch_blocks_of_run(steps, size - 1, size)
-        own = self.block_tables.block_tables[0].gpu[batch.slots].long()
-        own = torch.nn.functional.pad(own, (0, spare))
-        allocated = self.block_tables.num_blocks.gpu[0, batch.slots].long()[:, None]
-        columns = torch.arange(own.shape[1])
-        behind = scratch.start + torch.arange(num_requests)[:, None] * spare + columns - allocated
-        blocks = torch.where(columns < allocated, own, behind.clamp(max=scratch.stop - 1))
+        lengths = positions[:, -1] + 1
+        # Rows without a block of their own draft at random here, and their drafts are rejected.
+        found, _ = draft_blocks(
+            self.block_tables.block_tables[0].gpu[batch.slots].numpy(),
+            self.block_tables.num_blocks.gpu[0, batch.slots].numpy(),
+            lengths.numpy(),
+            size,
+            self.store.scratch,
+        )
+        blocks = torch.from_numpy(found)
         slots = blocks.gather(1, positions // size) * size + positions % size
         self._draft_slots = slots
         starts = torch.arange(0, num_requests * steps + 1, steps, dtype=torch.int32)
-        lengths = positions[:, -1] + 1
-        self.set_trees(None)
+        self.set_trees(None, np.zeros(0, dtype=np.int64))
         return self.draft_metadata(
             CommonAttentionMetadata(
                 query_start_loc=starts,

@@ -10,7 +10,7 @@ import torch
 from vllm_hidden_transfer.drafting.distributions import candidates
 from vllm_hidden_transfer.engine.draft_pass import DraftPass
 from vllm_hidden_transfer.engine.v2.drafting import SlotBatch
-from vllm_hidden_transfer.tree import TreeTensors, tensors
+from vllm_hidden_transfer.tree import TreeTensors, most_probable
 
 if TYPE_CHECKING:
     from vllm_hidden_transfer.engine.v2.runner import TreeRunnerV2
@@ -45,7 +45,7 @@ class TransferSourceV2:
         )
         unusable = log_probabilities[..., 0].isnan().reshape(*tokens.shape[:2], -1).any(-1)
         self._runner.forget_drafts(unusable)
-        return tensors.most_probable(tokens, log_probabilities, batch.budget)
+        return most_probable(tokens, log_probabilities, batch.budget)
 
     def draft_logits(self, batch: SlotBatch) -> torch.Tensor:
         """The draft pass: logits [b, k, vocabulary] for the depths 1..k of every request's tree."""

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No engine dies, starves, leaks or answers otherwise than without speculation, whatever its size and its requests.
+
+Every number draws an engine (cache, block size, token budget, number of requests, prefill in pieces, preemption, nodes)
+and what it is asked (``tests/support/stress.py``). Twenty are asked in ``make test``, two hundred in ``make matrix``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.support import stress
+from tests.support.checkpoints import random_checkpoint
+from tests.support.engines import engine, planted_options
+from tests.support.models import VOCABULARY
+from vllm_hidden_transfer.evaluation import planted
+
+pytestmark = pytest.mark.engine
+
+FEW, MANY = 20, 200
+AT_ONCE = 20
+"""Whose reference answers one engine without speculation gives."""
+
+Answers = list[list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stress.stress_target(tmp_path_factory.mktemp("stress"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(target: Path) -> Path:
+    return random_checkpoint(target.parent / "maps", target, layer=1, bigram_rank=4)
+
+
+@cache
+def references(target: Path, part: int) -> list[Answers]:
+    """What the engine without speculation answers, one number at a time."""
+    numbers = range(part * AT_ONCE, (part + 1) * AT_ONCE)
+    options = {"max_model_len": stress.LONGEST, "max_num_seqs": 128}
+    with engine(target, **options) as llm:
+        return [stress.answer(llm, stress.draw(number).asks) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, marks=[] if number < FEW else pytest.mark.matrix)
+        for number in range(MANY)
+    ],
+)
+def test_random_engine(number: int, target: Path, checkpoint: Path, tmp_path: Path) -> None:
+    expected = references(target, number // AT_ONCE)[number % AT_ONCE]
+    drawn = stress.draw(number)
+    print(drawn)
+    speculation = planted_options(drawn.nodes)
+    if drawn.real_drafts:
+        config = {"method": "hidden_transfer", "model": str(checkpoint)}
+        speculation = {"speculative_config": {**config, "num_speculative_tokens": drawn.nodes}}
+    else:
+        texts = [
+            [*ask.prompt, *text]
+            for ask, answers in zip(drawn.asks, expected, strict=True)
+            for text in answers
+        ]
+        planted.write_answers(tmp_path / "answers.json", texts, VOCABULARY)
+    options = {"max_model_len": stress.LONGEST, **drawn.options, **speculation}
+    with engine(target, **options) as llm:
+        assert stress.answer(llm, drawn.asks) == expected
+        assert stress.left_behind(llm) == {}
