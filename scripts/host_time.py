@@ -35,12 +35,13 @@ BLOCKS_EACH = 8
 
 
 def random_candidates(requests: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates with the sharpness of real drafts, after each candidate of the depth before."""
+    """Candidates as real drafts have them: sorted by their marginal, re-weighted by each candidate of the depth before."""
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 49152, (requests, DEPTHS, WIDTH), generator=rng)
-    logits = 3 * torch.randn(requests, DEPTHS, WIDTH, WIDTH, generator=rng, dtype=torch.float64)
-    logits[:, 0] = logits[:, 0, :1]
-    return tokens, logits.log_softmax(-1)
+    marginal = -1.5 * torch.arange(1, WIDTH + 1).log()
+    gain = torch.randn(requests, DEPTHS, WIDTH, WIDTH, generator=rng, dtype=torch.float64)
+    gain[:, 0] = gain[:, 0, :1] * 0
+    return tokens, (marginal + gain).log_softmax(-1)
 
 
 class Step:
@@ -99,7 +100,7 @@ def main(
 ) -> None:
     """Print the host's milliseconds a step at 1, 8, 64 and 256 requests."""
     torch.set_num_threads(1)
-    table = Table(title=f"host time a step, ms of CPU time, {nodes} nodes, {this_machine().name}")
+    table = Table(title=f"host time a step, ms of CPU time, {nodes} nodes, {this_machine().model}")
     for column in ("requests", "build", "fit and lay out", "walk", "all"):
         table.add_column(column, justify="right")
     for requests in (1, 8, 64, 256):

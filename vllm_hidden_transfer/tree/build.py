@@ -33,10 +33,9 @@ def most_probable(
     Returns:
         The trees. Of equally probable paths any may be taken, but never a child without its parent.
     """
-    scores = log_probabilities.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+    scores = log_probabilities if log_probabilities.dim() == 4 else log_probabilities[:, :, None]
     num_requests, num_depths, width = tokens.shape
-    if scores.dim() == 3:
-        scores = scores[:, :, None]
+    each = torch.arange(num_requests, device=tokens.device)[:, None]
     beam_choices = tokens.new_zeros(num_requests, 1)
     beam_scores = scores.new_zeros(num_requests, 1)
     beam_nodes = tokens.new_full((num_requests, 1), ROOT)
@@ -44,8 +43,9 @@ def most_probable(
     first = 0
     for depth in range(num_depths):
         # A node of the best tree is among the ``budget`` best of its own depth, so a beam loses nothing.
-        rows = beam_choices.clamp(max=scores.shape[2] - 1)[:, :, None].expand(-1, -1, width)
-        flat = (beam_scores[:, :, None] + scores[:, depth].gather(1, rows)).flatten(1)
+        rows = beam_choices.clamp(max=scores.shape[2] - 1)
+        flat = (beam_scores[:, :, None] + scores[each, depth, rows]).flatten(1)
+        flat.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
         keep = min(budget, flat.shape[1])
         beam_scores, best = flat.topk(keep, dim=1)
         parent, beam_choices = beam_nodes.gather(1, best // width), best % width
