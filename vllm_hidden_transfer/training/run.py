@@ -210,7 +210,7 @@ def make_trainer(
     """The trainer with its ridge start, or where it was stopped."""
     name = f"{settings.conditioning}-{target.transfer_layer}-{settings.transfer_steps}"
     state = settings.work_folder / name
-    start = starting_maps(settings, target, prefixes, corpus.train, state, console)
+    start = starting_maps(settings, target, prefixes, corpus.train, state, processes, console)
     frozen = f"{fingerprint} in {settings.dtype}"
     trainer = Trainer(
         target, prefixes, corpus.train, start, settings.training(), state, processes, frozen
@@ -244,11 +244,12 @@ def starting_maps(
     prefixes: Prefixes,
     examples: list[Example],
     state: Path,
+    processes: Processes,
     console: Console,
 ) -> TransferMaps:
-    """The closed-form start; empty maps where a saved state will replace them."""
+    """The closed-form start; empty maps where a saved state or those of the first process will replace them."""
     steps, conditioning = settings.transfer_steps, settings.conditioning
-    if Trainer.is_saved(state):
+    if not processes.first or Trainer.is_saved(state):
         return TransferMaps(steps, target.hidden_size, conditioning)
     from rich.progress import Progress
 
@@ -306,7 +307,8 @@ def auto_layer(
             f"{candidate.worth:.2f}",
         )
     console.print(table)
-    return found[0].layer
+    # Judged by every process, and a hair's breadth between two layers must not part them.
+    return processes.number_of_first(found[0].layer)
 
 
 def _go_through(work: Iterable[Any], what: str, total: int, console: Console) -> None:
