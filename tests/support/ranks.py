@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch.distributed import distributed_c10d
@@ -19,6 +21,7 @@ from vllm_hidden_transfer.training.parallel import Processes, joined_processes
 from vllm_hidden_transfer.training.prefixes import PrefixPasses
 from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import Trainer, TrainingConfig
+from vllm_hidden_transfer.training.work_lock import LOCK_FILE, sole_run
 from vllm_hidden_transfer.transfer import TransferMaps
 
 VOCABULARY, STEPS, LAYER = 97, 3, 2
@@ -64,7 +67,26 @@ def other_starts(folder: Path, processes: Processes) -> None:
         (folder / f"step-{sitting}-{processes.rank}").write_text(str(trainer.step))
 
 
-CASES = {"first_works_alone": first_works_alone, "other_starts": other_starts}
+def one_work_folder(folder: Path, processes: Processes) -> None:
+    """The ranks of one run share its folder; where another run has it, all of them are refused together."""
+    work = folder / "work"
+    with sole_run(work, processes):
+        processes.wait()
+        (folder / f"held-{processes.rank}").touch()
+        if processes.first:
+            with pytest.raises(ValueError, match="another `train`"), sole_run(work, Processes()):
+                pass
+        processes.wait()
+    with (folder / "work" / LOCK_FILE).open() as file:
+        if processes.first:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        processes.wait()
+        with pytest.raises(ValueError, match="another `train`"), sole_run(work, processes):
+            pass
+    (folder / f"refused-{processes.rank}").touch()
+
+
+CASES = {each.__name__: each for each in (first_works_alone, other_starts, one_work_folder)}
 
 
 def main(case: str, folder: Path) -> None:

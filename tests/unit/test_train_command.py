@@ -9,6 +9,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -252,6 +254,35 @@ def test_work_for_another_target_is_refused(
         assert said in result.stderr
     assert (output / WEIGHTS_FILE).read_bytes() == before
     assert cache.read_bytes() == prefixes
+
+
+def test_a_second_run_in_one_work_folder_is_refused(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    """By another process, until that one is dead; also when it was killed. The same folder then goes on."""
+    command = [*quick(target, data, tmp_path / "maps"), "--transfer-layer", 2]
+    work = tmp_path / "maps-work"
+    holder = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from vllm_hidden_transfer.training.parallel import Processes\n"
+        "from vllm_hidden_transfer.training.work_lock import sole_run\n"
+        f"with sole_run(Path({str(work)!r}), Processes()):\n"
+        "    print('held', flush=True)\n    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"held\n"
+            result = run(*command)
+            assert result.exit_code == 1
+            assert "Traceback" not in result.output
+            assert f"another `train` (process {other.pid}) is at work in {work}" in result.stderr
+            assert not (tmp_path / "maps").exists()
+            assert [path.name for path in work.iterdir()] == ["lock"]
+        finally:
+            other.kill()
+    for _ in range(2):  # a run that ended holds nothing either
+        assert run(*command).exit_code == 0
 
 
 def test_help_teaches() -> None:

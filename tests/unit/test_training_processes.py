@@ -76,6 +76,13 @@ def test_ranks_that_start_differently_end_up_equal(tmp_path: Path) -> None:
         assert {(tmp_path / f"step-{sitting}-{rank}").read_text() for rank in (0, 1)} == {step}
 
 
+def test_the_ranks_of_a_run_hold_its_work_folder_together(tmp_path: Path) -> None:
+    torchrun("-m", "tests.support.ranks", "one_work_folder", str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("held-0", "held-1", "refused-0", "refused-1", "work")
+    ]
+
+
 def test_two_processes_learn_like_one(tmp_path: Path) -> None:
     finish(tmp_path / "one", 8)
     two = tmp_path / "two"

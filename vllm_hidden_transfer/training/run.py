@@ -34,6 +34,7 @@ from vllm_hidden_transfer.training.rows import DataError
 from vllm_hidden_transfer.training.settings import TrainSettings
 from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import DraftTrainer, Trainer
+from vllm_hidden_transfer.training.work_lock import sole_run
 from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps
 
 _TRIAL_STEPS = 60
@@ -79,7 +80,10 @@ def train(settings: TrainSettings, command: str, console: Console) -> None:
 
 
 def _train(settings: TrainSettings, command: str, console: Console) -> None:
-    with joined_processes(settings.device) as processes:
+    with (
+        joined_processes(settings.device) as processes,
+        sole_run(settings.work_folder, processes),
+    ):
         console.quiet = not processes.first
         started = time.monotonic()
         corpus = read_data(settings, console)
