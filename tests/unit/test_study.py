@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,12 @@ import torch
 from rich.progress import Progress
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Emu3Config,
+    Emu3ForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from tests.support.models import tiny_llama
@@ -477,6 +483,33 @@ def folders(
     return paths
 
 
+@pytest.fixture
+def nested(folders: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    """The same with a target whose config.json describes a decoder inside something larger."""
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": SIZE,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.12,
+        "tie_word_embeddings": False,
+    }
+    target, maps = tmp_path / "nested", tmp_path / "nested-maps"
+    shutil.copytree(folders["target"], target)
+    config = Emu3Config(text_config=text)
+    torch.manual_seed(0)
+    Emu3ForCausalLM(config.get_text_config()).save_pretrained(target)
+    config.save_pretrained(target)
+    assert "hidden_size" not in json.loads((target / "config.json").read_text())
+    about, weights = load_checkpoint(folders["maps"])
+    fitting = about.target.model_copy(update={"fingerprint": fingerprint_target(target)})
+    save_checkpoint(maps, about.model_copy(update={"target": fitting}), weights)
+    return {**folders, "target": target, "maps": maps}
+
+
 def arguments(folders: dict[str, Path], command: str, *more: str) -> list[str]:
     named = ("target", str(folders["target"])), ("checkpoint", str(folders["maps"]))
     options = [part for name, value in named for part in (f"--{name}", value)]
@@ -546,6 +579,21 @@ def test_tune_writes_its_settings_and_nothing_else(folders: dict[str, Path]) -> 
         assert config.tree.node_budget in expected
         assert list(config.calibration.temperatures) == temperatures
         assert "tokens per unit of cost" in result.output
+
+
+def test_a_nested_config_is_read_where_the_decoder_is_described(
+    nested: dict[str, Path], tmp_path: Path
+) -> None:
+    for command in (("eval", "--output", str(tmp_path / "out")), ("tune",)):
+        result = runner.invoke(app, arguments(nested, *command, "--max-tokens", "12"))
+        assert result.exit_code == 0, result.output
+    assert Study.model_validate_json((tmp_path / "out" / "eval.json").read_text()).groups
+    about, maps = load_checkpoint(nested["maps"])
+    other = about.target.model_copy(update={"vocab_size": VOCABULARY - 1})
+    save_checkpoint(nested["maps"], about.model_copy(update={"target": other}), maps)
+    result = runner.invoke(app, arguments(nested, "tune"))
+    assert result.exit_code == 1
+    assert f"vocab_size {VOCABULARY - 1}, but" in " ".join(result.output.split())
 
 
 def test_a_checkpoint_for_other_weights_needs_the_override(

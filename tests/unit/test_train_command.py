@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -221,6 +222,36 @@ def test_a_damaged_state_is_one_sentence(target: Path, data: Path, tmp_path: Pat
     assert result.exit_code == 1
     assert "damaged" in result.output
     assert "Traceback" not in result.output
+
+
+def test_safetensors_without_metadata(target: Path, data: Path, tmp_path: Path) -> None:
+    """Other tools write files without any. Of a target and of maps that is no loss; a state must say what it is of."""
+    bare = shutil.copytree(target, tmp_path / "bare")
+    save_file(load_file(target / WEIGHTS_FILE), bare / WEIGHTS_FILE)
+    output = tmp_path / "maps"
+    command = [*quick(bare, data, output), "--transfer-layer", 2]
+    assert run(*command).exit_code == 0
+    (state,) = tmp_path.glob(f"maps-work/*-4/{STATE_FILE}")
+    for written in (output / WEIGHTS_FILE, state):
+        with safe_open(str(written), framework="pt") as file:
+            assert file.metadata()["format"] == "pt"
+    save_file(load_file(output / WEIGHTS_FILE), output / WEIGHTS_FILE)
+    assert load_checkpoint(output)[1].num_steps == 4
+    tensors = load_file(state)
+    whole = safe_open(str(state), framework="pt").metadata()
+    for metadata, kept, said in (
+        (None, tensors, "does not say of which run it is"),
+        ({"format": "pt"}, tensors, "does not say of which run it is"),
+        (whole, {"weight": tensors["weight"]}, "lacks "),
+        (whole, tensors | {"weight": torch.zeros(3)}, "lacks weight of the shape"),
+    ):
+        save_file(kept, state, metadata)
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "Traceback" not in result.output
+        last = result.stderr.strip().splitlines()[-1]
+        assert str(state) in last
+        assert said in last
 
 
 @pytest.mark.parametrize("change", ["target", "dtype"])

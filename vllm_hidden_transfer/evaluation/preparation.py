@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from vllm_hidden_transfer.options import Device, TargetDtype
 from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
 from vllm_hidden_transfer.training.data import Corpus, read_corpus
 from vllm_hidden_transfer.training.rows import DataError
-from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.training.target import FrozenTarget, text_config
 from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps, load_checkpoint
 
 _LONGEST = 2048
@@ -136,13 +135,13 @@ def _check_target(request: Request, config: TransferConfig, console: Console) ->
     path = request.target / "config.json"
     if not path.is_file():
         raise JudgingError(f"There is no target model in {request.target}: it has no config.json.")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = text_config(request.target)
     shape = config.target.model_dump(exclude={"fingerprint"})
     for name, expected in shape.items():
-        if found.get(name) != expected:
+        if getattr(found, name, None) != expected:
             raise JudgingError(
                 f"The checkpoint {request.checkpoint} is for a target with {name} {expected}, but "
-                f"{request.target} has {found.get(name)}: train maps for this target."
+                f"{request.target} has {getattr(found, name, None)}: train maps for this target."
             )
     fingerprint = fingerprint_target(request.target)
     if fingerprint != config.target.fingerprint:

@@ -32,7 +32,7 @@ from vllm_hidden_transfer.training.prefixes import Prefixes, PrefixPasses
 from vllm_hidden_transfer.training.ridge import ridge_maps, ridge_passes
 from vllm_hidden_transfer.training.rows import DataError
 from vllm_hidden_transfer.training.settings import TrainSettings
-from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.training.target import FrozenTarget, text_config
 from vllm_hidden_transfer.training.trainer import DraftTrainer, Trainer
 from vllm_hidden_transfer.training.work_lock import sole_run
 from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps
@@ -131,12 +131,12 @@ def target_folder(target: str) -> Path:
 
 def read_data(settings: TrainSettings, console: Console) -> Corpus:
     """Read, mix, cut and split the data."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = target_folder(settings.target)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        vocab_size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+        vocab_size = text_config(folder).vocab_size
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the target {settings.target} has no usable tokenizer ({error})"
