@@ -50,7 +50,7 @@ from vllm_hidden_transfer.evaluation.drafts import (
     draft,
     drafts_from_states,
 )
-from vllm_hidden_transfer.evaluation.preparation import spread_by_group
+from vllm_hidden_transfer.evaluation.preparation import Prepared, spread_by_group
 from vllm_hidden_transfer.evaluation.study import (
     Judged,
     draft_with_maps,
@@ -60,6 +60,7 @@ from vllm_hidden_transfer.evaluation.study import (
     measured,
 )
 from vllm_hidden_transfer.evaluation.study_result import Study
+from vllm_hidden_transfer.evaluation.tuning import StepCosts, tune
 from vllm_hidden_transfer.evaluation.walks import OnePassDrafter, Place, Walk, walk
 from vllm_hidden_transfer.fingerprint import fingerprint_target
 from vllm_hidden_transfer.training.cache import Example, PrefixCache
@@ -478,7 +479,7 @@ def folders(
         ),
     )
     save_checkpoint(paths["maps"], config, random_maps("token"))
-    lines = [json.dumps(vars(example)) for example in examples]
+    lines = [json.dumps(example.record) for example in examples]
     paths["answers.jsonl"].write_text("".join(line + "\n" for line in lines))
     return paths
 
@@ -496,6 +497,7 @@ def nested(folders: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
         "max_position_embeddings": 128,
         "initializer_range": 0.12,
         "tie_word_embeddings": False,
+        **{f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos"))},
     }
     target, maps = tmp_path / "nested", tmp_path / "nested-maps"
     shutil.copytree(folders["target"], target)
@@ -581,6 +583,29 @@ def test_tune_writes_its_settings_and_nothing_else(folders: dict[str, Path]) -> 
         assert "tokens per unit of cost" in result.output
 
 
+def test_tune_judges_on_what_it_was_not_fitted_on(
+    folders: dict[str, Path], target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    maps = random_maps("token")
+    config, _ = load_checkpoint(folders["maps"])
+    answers = judged_answers(examples, 20)
+    prepared = Prepared(config, maps, target, "fingerprint", cache, answers)
+    tuned = tune(prepared, StepCosts(row=0.1, draft=0.5), SILENT)
+    drafts = draft_with_maps(target, cache, maps, answers, SILENT)
+    fitted = [drafts[number] for number in (0, 2, 3, 5)]  # every second of each temperature
+    others = [drafts[number] for number in (1, 4, 6)]
+    assert tuned.after.temperatures == fit_temperatures(fitted) != fit_temperatures(others)
+    for quality in (tuned.before, tuned.after):
+        losses = [negative_log_likelihood(half, quality.temperatures) for half in (others, fitted)]
+        assert quality.losses == losses[0] != losses[1]
+        lengths = []
+        for half in (others, fitted):
+            drafter = maps_drafter(target, cache, maps, half, quality.temperatures)
+            outputs = [item.answer.tokens for item in half]
+            lengths.append(measured(walk(outputs, drafter, quality.node_budget), outputs))
+        assert quality.length == lengths[0] != lengths[1]
+
+
 def test_a_nested_config_is_read_where_the_decoder_is_described(
     nested: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -621,7 +646,7 @@ def test_a_checkpoint_for_other_weights_needs_the_override(
         ({"target": "no"}, (), "There is no target model in"),
         ({"maps": "no"}, (), "does not exist"),
         ({"answers.jsonl": "no"}, (), "does not exist"),
-        ({}, ("--held-out",), "no answer to judge"),
+        ({}, ("--held-out",), "does not say what was held out of its training"),
         ({}, ("--cache", "{foreign}"), "another target, transfer layer or dtype"),
     ],
 )

@@ -124,6 +124,10 @@ def test_auto_shows_the_layers_it_tried(target: Path, data: Path, tmp_path: Path
     assert "(chosen)" in result.output
     chosen = load_checkpoint(tmp_path / "maps")[0].transfer_layer
     assert f"{chosen} (chosen)" in result.output
+    rows = [line.split() for line in result.output.splitlines() if len(line.split()) >= 4]
+    worths = {row[1]: float(row[-2]) for row in rows if row[1].isdecimal()}
+    assert len(worths) > 1
+    assert worths[str(chosen)] == max(worths.values())
 
 
 def test_a_file_of_settings_and_options_that_win(target: Path, data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from vllm_hidden_transfer.config import one_sentence
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.training.bigram import BigramInTraining, bigram_config, bigram_folder
-from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
+from vllm_hidden_transfer.training.cache import Example, PrefixCache
 from vllm_hidden_transfer.training.card import RunFacts, acceptance_of, corpus_digest, export
 from vllm_hidden_transfer.training.data import read_corpus
 from vllm_hidden_transfer.training.layer_choice import (
@@ -152,8 +152,8 @@ def read_data(settings: TrainSettings, console: Console) -> Corpus:
         other = [example for example in examples if example.temperature is None]
         examples = mix(own, other, settings.own_share, settings.seed)
     corpus = Corpus(
-        train=[example for example in examples if not is_held_out(example.id)],
-        held_out=balanced([e for e in examples if is_held_out(e.id)], settings.judged),
+        train=[example for example in examples if not example.held_out],
+        held_out=balanced([e for e in examples if e.held_out], settings.judged),
     )
     if not corpus.train or not corpus.held_out:
         raise ValueError(
