@@ -28,7 +28,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def examples() -> list[Example]:
-    """Answers of the target's own, greedy and sampled, three to a prompt, and twice as many of somebody else's."""
+    """Answers of the target's own, three greedy and three sampled ones to a prompt, and three of somebody else's to
+    another."""
     return [
         Example(
             f"{temperature}-{number}-{again}",
@@ -39,7 +40,7 @@ def examples() -> list[Example]:
         )
         for number in range(200)
         for again in range(3)
-        for temperature in (0.0, 0.8, None, None)
+        for temperature in (0.0, 0.8, None)
     ]
 
 

@@ -221,11 +221,11 @@ def test_names_and_copies_move_nothing_between_training_and_judging(
             return path
         return write_lines(path.with_suffix(".jsonl"), *chosen)
 
-    def split(*paths: Path, max_tokens: int = 64) -> tuple[set[str], set[str]]:
+    def split(*paths: Path) -> tuple[set[str], set[str]]:
         """Of training and of held out, every run of eight tokens."""
         runs: tuple[set[str], set[str]] = set(), set()
-        for example in read(tokenizer, *paths, max_tokens=max_tokens).examples:
-            whole = example.answer if form == "txt" else example.tokens
+        for example in read(tokenizer, *paths, max_tokens=200).examples:
+            whole = example.tokens
             runs[example.held_out] |= {str(whole[at : at + 8]) for at in range(len(whole) - 7)}
         return runs
 
