@@ -226,7 +226,7 @@ def test_names_and_copies_move_nothing_between_training_and_judging(
         runs: tuple[set[str], set[str]] = set(), set()
         for example in read(tokenizer, *paths, max_tokens=200).examples:
             whole = example.tokens
-            runs[example.held_out] |= {str(whole[at : at + 8]) for at in range(len(whole) - 7)}
+            runs[example.held_out].update(str(whole[at : at + 8]) for at in range(len(whole) - 7))
         return runs
 
     chosen = rows[form]
