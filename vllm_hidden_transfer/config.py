@@ -90,6 +90,10 @@ class TransferConfig(_Section):
         default=0,
         description="rank of the bigram re-weighting of one-pass drafts; 0: there is none",
     )
+    held_out_by: Literal["content"] | None = Field(
+        default=None,
+        description="what decided which examples were kept out of training; unknown where nothing is said",
+    )
     calibration: Calibration
     tree: Tree = Tree()
     target: Target

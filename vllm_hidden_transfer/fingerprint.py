@@ -53,9 +53,10 @@ def fingerprint_target(folder: str | Path) -> str:
     if not samples:
         raise FingerprintError(f"{root} has safetensors files without tensors.")
     # Tied heads are stored once or twice, depending on who saved them.
-    head, embedding = samples.get("lm_head.weight"), samples.get("model.embed_tokens.weight")
-    if head is not None and head == embedding:
-        del samples["lm_head.weight"]
+    embeddings = [samples[name] for name in samples if name.endswith("embed_tokens.weight")]
+    for head in [name for name in samples if name.endswith("lm_head.weight")]:
+        if samples[head] in embeddings:
+            del samples[head]
     digest = hashlib.sha256()
     for name in sorted(samples):
         shape, data = samples[name]

@@ -118,20 +118,28 @@ def test_packing_loses_nothing_but_a_short_end(
     path = tmp_path_factory.mktemp("packed") / "data.jsonl"
     write_lines(path, *({"text": text} for text in texts))
     kept = [ids(tokenizer, text) for text in texts if text.strip()]
+    held_out = [tokens for tokens in kept if is_held_out(tokens)]  # each is one section
     stream: list[int] = []
     for tokens in kept:
-        stream += [tokenizer.eos_token_id] * bool(stream) + tokens
-    if len(stream) < 4:
+        if tokens not in held_out:
+            stream += [tokenizer.eos_token_id] * bool(stream) + tokens
+    if len(stream) < 4 or any(len(tokens) % max_tokens in (1, 2, 3) for tokens in held_out):
         return
     corpus = read(tokenizer, path, max_tokens=max_tokens, min_tokens=3)
-    packed = [token for example in corpus.examples for token in example.tokens]
+    apart = [example for example in corpus.examples if example.held_out]
+    assert sorted({tuple(tokens) for tokens in held_out if len(tokens) <= max_tokens}) == sorted(
+        {tuple(example.tokens) for example in apart if example.tokens in held_out}
+    )
+    assert sum(len(e.tokens) for e in apart) == sum(map(len, held_out))
+    taught = [example for example in corpus.examples if not example.held_out]
+    packed = [token for example in taught for token in example.tokens]
     assert stream[: len(packed)] == packed
     rest = len(stream) - len(packed)
     assert rest < 4
     assert corpus.left_out.get("shorter than 3 tokens", 0) == (1 if rest else 0)
     assert corpus.left_out.get("empty documents", 0) == len(texts) - len(kept)
     assert len({example.id for example in corpus.examples}) == len(corpus.examples)
-    assert all(len(example.tokens) == max_tokens for example in corpus.examples[:-1])
+    assert all(len(example.tokens) == max_tokens for example in taught[:-1])
 
 
 def test_pieces_begin_as_prompts_do(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -171,10 +179,88 @@ def test_a_chat_teaches_the_assistants_turns_only(
     assert first.temperature is None
 
 
-def test_the_turns_of_a_conversation_are_held_out_together() -> None:
-    for number in range(50):
-        turns = [Example(f"c#{number}@turn-{n}", "chat", None, [1], [2]) for n in (1, 2, 11)]
-        assert len({is_held_out(turn.id, one_in=3) for turn in turns}) == 1
+def test_the_turns_of_a_conversation_are_held_out_together(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chats = [[{"role": "user", "content": f"Say {number}."}, *CHAT[2:]] for number in range(60)]
+    path = write_lines(tmp_path / "chat.jsonl", *({"messages": chat} for chat in chats))
+    found = read(tokenizer, path, max_tokens=400).examples
+    pairs = list(zip(found[::2], found[1::2], strict=True))
+    assert {(first.held_out, second.held_out) for first, second in pairs} == {
+        (False, False),
+        (True, True),
+    }
+    # An answer of the target's own to the same first message goes with them.
+    for first, _ in pairs:
+        assert Example("other", "chat", 0.8, first.prompt, [7] * 9).held_out is first.held_out
+
+
+@pytest.mark.parametrize("form", ["text", "txt", "messages", "own"])
+def test_names_and_copies_move_nothing_between_training_and_judging(
+    form: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Renamed, copied beside itself, in another order: the same answers are held out, and none is taught as well."""
+    words = [f"Case {number}: {'every owl ' * (number % 9)}sleeps." for number in range(400)]
+    rows: dict[str, list[Any]] = {
+        "text": [{"text": word * 3} for word in words],
+        "txt": words,
+        "messages": [
+            {"messages": [{"role": "user", "content": word}, *CHAT[2:3]]} for word in words
+        ],
+        "own": [
+            {**OWN, "id": f"q{number}", "prompt": [5, number % 256, 7 + number // 256]}
+            for number in range(400)
+        ],
+    }
+
+    def write(path: Path, chosen: list[Any]) -> Path:
+        path.parent.mkdir(exist_ok=True)
+        if form == "txt":
+            path = path.with_suffix(".txt")
+            path.write_text("\n".join(chosen))
+            return path
+        return write_lines(path.with_suffix(".jsonl"), *chosen)
+
+    def split(*paths: Path) -> tuple[set[str], set[str]]:
+        """Of training and of held out, every run of eight tokens."""
+        runs: tuple[set[str], set[str]] = set(), set()
+        for example in read(tokenizer, *paths, max_tokens=200).examples:
+            whole = example.tokens
+            runs[example.held_out].update(str(whole[at : at + 8]) for at in range(len(whole) - 7))
+        return runs
+
+    chosen = rows[form]
+    plain = write(tmp_path / "a", chosen)
+    taught, held_out = split(plain)
+    assert held_out
+    assert len(taught) > 4 * len(held_out)
+    first, last = (
+        write(tmp_path / "z" / "b", chosen[:200]),
+        write(tmp_path / "z" / "a", chosen[200:]),
+    )
+    for paths in ([write(tmp_path / "other", chosen)], [plain, write(tmp_path / "copy", chosen)]):
+        again = split(*paths)
+        assert again[1] == held_out
+        if form in ("messages", "own"):
+            assert again[0] == taught
+    if form != "txt":
+        for paths in ([tmp_path / "z"], [last, first], [first, last]):
+            assert split(*paths)[1] == held_out
+
+
+def test_eval_holds_out_the_text_that_train_does(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """They cut text into pieces of other lengths."""
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"Line {number} of all." for number in range(3000)))
+
+    def held_out(max_tokens: int) -> list[int]:
+        found = read(tokenizer, path, max_tokens=max_tokens, min_tokens=2).examples
+        return [token for example in found if example.held_out for token in example.tokens]
+
+    assert held_out(2048) == held_out(768) == held_out(64)
+    assert held_out(64)
 
 
 def test_a_template_without_an_end_of_turn_keeps_the_whole_turn(

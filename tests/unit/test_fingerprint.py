@@ -83,10 +83,22 @@ def test_names_and_shapes_matter(tmp_path: Path, weights: Weights) -> None:
     assert fingerprint_target(write(tmp_path / "shaped", weights)) != before
 
 
-def test_a_tied_head_may_be_stored_twice(tmp_path: Path, weights: Weights) -> None:
+@pytest.mark.parametrize("within", ["", "language_model."])
+def test_a_tied_head_may_be_stored_twice(tmp_path: Path, weights: Weights, within: str) -> None:
+    weights = {f"{within}{name}": tensor for name, tensor in weights.items()}
     once = fingerprint_target(write(tmp_path / "once", weights))
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights[f"{within}lm_head.weight"] = weights[f"{within}model.embed_tokens.weight"].clone()
     assert fingerprint_target(write(tmp_path / "twice", weights)) == once
+
+
+def test_a_fingerprint_stays_what_it_was(tmp_path: Path) -> None:
+    """Checkpoints name it: another rule would refuse every one that was made before."""
+    names = ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight")
+    values = {name: torch.arange(64.0 * (1 + (name == names[2]))) for name in names}
+    weights = {name: tensor.view(8, -1).bfloat16() for name, tensor in values.items()}
+    assert fingerprint_target(write(tmp_path / "target", weights)) == (
+        "bf16-samples-1:943cd9171489192090fb8a2fe9769c39f2a21981c10a7038a89ae48f7f0b551a"
+    )
 
 
 def test_folders_without_weights_are_errors(tmp_path: Path) -> None:

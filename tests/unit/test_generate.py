@@ -110,7 +110,9 @@ def test_prompts_that_train_holds_out_take_turns_among_themselves(target: Path) 
     tokenizer = AutoTokenizer.from_pretrained(target)
     asked = requests_of(prompts, tokenizer, (0.0, 0.8), seed=0)
     for held_out in (False, True):
-        group = [request.temperature for request in asked if is_held_out(request.id) is held_out]
+        group = [
+            request.temperature for request in asked if is_held_out(request.tokens) is held_out
+        ]
         assert group[:2] == [0.0, 0.8]
         assert abs(group.count(0.0) - group.count(0.8)) <= 1
 

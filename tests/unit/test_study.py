@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,12 @@ import torch
 from rich.progress import Progress
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Emu3Config,
+    Emu3ForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner
 
 from tests.support.models import tiny_llama
@@ -44,7 +50,7 @@ from vllm_hidden_transfer.evaluation.drafts import (
     draft,
     drafts_from_states,
 )
-from vllm_hidden_transfer.evaluation.preparation import spread_by_group
+from vllm_hidden_transfer.evaluation.preparation import Prepared, spread_by_group
 from vllm_hidden_transfer.evaluation.study import (
     Judged,
     draft_with_maps,
@@ -54,6 +60,7 @@ from vllm_hidden_transfer.evaluation.study import (
     measured,
 )
 from vllm_hidden_transfer.evaluation.study_result import Study
+from vllm_hidden_transfer.evaluation.tuning import StepCosts, tune
 from vllm_hidden_transfer.evaluation.walks import OnePassDrafter, Place, Walk, walk
 from vllm_hidden_transfer.fingerprint import fingerprint_target
 from vllm_hidden_transfer.training.cache import Example, PrefixCache
@@ -472,9 +479,37 @@ def folders(
         ),
     )
     save_checkpoint(paths["maps"], config, random_maps("token"))
-    lines = [json.dumps(vars(example)) for example in examples]
+    lines = [json.dumps(example.record) for example in examples]
     paths["answers.jsonl"].write_text("".join(line + "\n" for line in lines))
     return paths
+
+
+@pytest.fixture
+def nested(folders: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    """The same with a target whose config.json describes a decoder inside something larger."""
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": SIZE,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.12,
+        "tie_word_embeddings": False,
+        **{f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos"))},
+    }
+    target, maps = tmp_path / "nested", tmp_path / "nested-maps"
+    shutil.copytree(folders["target"], target)
+    config = Emu3Config(text_config=text)
+    torch.manual_seed(0)
+    Emu3ForCausalLM(config.get_text_config()).save_pretrained(target)
+    config.save_pretrained(target)
+    assert "hidden_size" not in json.loads((target / "config.json").read_text())
+    about, weights = load_checkpoint(folders["maps"])
+    fitting = about.target.model_copy(update={"fingerprint": fingerprint_target(target)})
+    save_checkpoint(maps, about.model_copy(update={"target": fitting}), weights)
+    return {**folders, "target": target, "maps": maps}
 
 
 def arguments(folders: dict[str, Path], command: str, *more: str) -> list[str]:
@@ -548,6 +583,44 @@ def test_tune_writes_its_settings_and_nothing_else(folders: dict[str, Path]) -> 
         assert "tokens per unit of cost" in result.output
 
 
+def test_tune_judges_on_what_it_was_not_fitted_on(
+    folders: dict[str, Path], target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    maps = random_maps("token")
+    config, _ = load_checkpoint(folders["maps"])
+    answers = judged_answers(examples, 20)
+    prepared = Prepared(config, maps, target, "fingerprint", cache, answers)
+    tuned = tune(prepared, StepCosts(row=0.1, draft=0.5), SILENT)
+    drafts = draft_with_maps(target, cache, maps, answers, SILENT)
+    fitted = [drafts[number] for number in (0, 2, 3, 5)]  # every second of each temperature
+    others = [drafts[number] for number in (1, 4, 6)]
+    assert tuned.after.temperatures == fit_temperatures(fitted) != fit_temperatures(others)
+    for quality in (tuned.before, tuned.after):
+        losses = [negative_log_likelihood(half, quality.temperatures) for half in (others, fitted)]
+        assert quality.losses == losses[0] != losses[1]
+        lengths = []
+        for half in (others, fitted):
+            drafter = maps_drafter(target, cache, maps, half, quality.temperatures)
+            outputs = [item.answer.tokens for item in half]
+            lengths.append(measured(walk(outputs, drafter, quality.node_budget), outputs))
+        assert quality.length == lengths[0] != lengths[1]
+
+
+def test_a_nested_config_is_read_where_the_decoder_is_described(
+    nested: dict[str, Path], tmp_path: Path
+) -> None:
+    for command in (("eval", "--output", str(tmp_path / "out")), ("tune",)):
+        result = runner.invoke(app, arguments(nested, *command, "--max-tokens", "12"))
+        assert result.exit_code == 0, result.output
+    assert Study.model_validate_json((tmp_path / "out" / "eval.json").read_text()).groups
+    about, maps = load_checkpoint(nested["maps"])
+    other = about.target.model_copy(update={"vocab_size": VOCABULARY - 1})
+    save_checkpoint(nested["maps"], about.model_copy(update={"target": other}), maps)
+    result = runner.invoke(app, arguments(nested, "tune"))
+    assert result.exit_code == 1
+    assert f"vocab_size {VOCABULARY - 1}, but" in " ".join(result.output.split())
+
+
 def test_a_checkpoint_for_other_weights_needs_the_override(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -573,7 +646,7 @@ def test_a_checkpoint_for_other_weights_needs_the_override(
         ({"target": "no"}, (), "There is no target model in"),
         ({"maps": "no"}, (), "does not exist"),
         ({"answers.jsonl": "no"}, (), "does not exist"),
-        ({}, ("--held-out",), "no answer to judge"),
+        ({}, ("--held-out",), "does not say what was held out of its training"),
         ({}, ("--cache", "{foreign}"), "another target, transfer layer or dtype"),
     ],
 )

@@ -9,12 +9,15 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -121,6 +124,10 @@ def test_auto_shows_the_layers_it_tried(target: Path, data: Path, tmp_path: Path
     assert "(chosen)" in result.output
     chosen = load_checkpoint(tmp_path / "maps")[0].transfer_layer
     assert f"{chosen} (chosen)" in result.output
+    rows = [line.split() for line in result.output.splitlines() if len(line.split()) >= 4]
+    worths = {row[1]: float(row[-2]) for row in rows if row[1].isdecimal()}
+    assert len(worths) > 1
+    assert worths[str(chosen)] == max(worths.values())
 
 
 def test_a_file_of_settings_and_options_that_win(target: Path, data: Path, tmp_path: Path) -> None:
@@ -221,6 +228,36 @@ def test_a_damaged_state_is_one_sentence(target: Path, data: Path, tmp_path: Pat
     assert "Traceback" not in result.output
 
 
+def test_safetensors_without_metadata(target: Path, data: Path, tmp_path: Path) -> None:
+    """Other tools write files without any. Of a target and of maps that is no loss; a state must say what it is of."""
+    bare = shutil.copytree(target, tmp_path / "bare")
+    save_file(load_file(target / WEIGHTS_FILE), bare / WEIGHTS_FILE)
+    output = tmp_path / "maps"
+    command = [*quick(bare, data, output), "--transfer-layer", 2]
+    assert run(*command).exit_code == 0
+    (state,) = tmp_path.glob(f"maps-work/*-4/{STATE_FILE}")
+    for written in (output / WEIGHTS_FILE, state):
+        with safe_open(str(written), framework="pt") as file:
+            assert file.metadata()["format"] == "pt"
+    save_file(load_file(output / WEIGHTS_FILE), output / WEIGHTS_FILE)
+    assert load_checkpoint(output)[1].num_steps == 4
+    tensors = load_file(state)
+    whole = safe_open(str(state), framework="pt").metadata()
+    for metadata, kept, said in (
+        (None, tensors, "does not say of which run it is"),
+        ({"format": "pt"}, tensors, "does not say of which run it is"),
+        (whole, {"weight": tensors["weight"]}, "lacks "),
+        (whole, tensors | {"weight": torch.zeros(3)}, "lacks weight of the shape"),
+    ):
+        save_file(kept, state, metadata)
+        result = run(*command)
+        assert result.exit_code == 1
+        assert "Traceback" not in result.output
+        last = result.stderr.strip().splitlines()[-1]
+        assert str(state) in last
+        assert said in last
+
+
 @pytest.mark.parametrize("change", ["target", "dtype"])
 def test_work_for_another_target_is_refused(
     change: str, target: Path, data: Path, tmp_path: Path
@@ -252,6 +289,35 @@ def test_work_for_another_target_is_refused(
         assert said in result.stderr
     assert (output / WEIGHTS_FILE).read_bytes() == before
     assert cache.read_bytes() == prefixes
+
+
+def test_a_second_run_in_one_work_folder_is_refused(
+    target: Path, data: Path, tmp_path: Path
+) -> None:
+    """By another process, until that one is dead; also when it was killed. The same folder then goes on."""
+    command = [*quick(target, data, tmp_path / "maps"), "--transfer-layer", 2]
+    work = tmp_path / "maps-work"
+    holder = (
+        "import sys, time\nfrom pathlib import Path\n"
+        "from vllm_hidden_transfer.training.parallel import Processes\n"
+        "from vllm_hidden_transfer.training.work_lock import sole_run\n"
+        f"with sole_run(Path({str(work)!r}), Processes()):\n"
+        "    print('held', flush=True)\n    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"held\n"
+            result = run(*command)
+            assert result.exit_code == 1
+            assert "Traceback" not in result.output
+            assert f"another `train` (process {other.pid}) is at work in {work}" in result.stderr
+            assert not (tmp_path / "maps").exists()
+            assert [path.name for path in work.iterdir()] == ["lock"]
+        finally:
+            other.kill()
+    for _ in range(2):  # a run that ended holds nothing either
+        assert run(*command).exit_code == 0
 
 
 def test_help_teaches() -> None:

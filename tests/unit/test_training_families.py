@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from tests.support.models import FAMILIES, random_model
 from vllm_hidden_transfer.config import Conditioning
@@ -56,6 +57,19 @@ def test_what_does_not_fit_is_refused_in_one_sentence(family: str, tmp_path: Pat
     with pytest.raises(UnfitTargetError) as caught:
         load(tmp_path, family, **UNFIT[family])
     assert family in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_inside_another_model_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    """As the engine refuses it, which has no layers of such a model to draft with."""
+    text = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sight |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = Gemma3Config(text_config=text, vision_config=sight, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(UnfitTargetError, match="decoder inside another model") as caught:
+        FrozenTarget.load(tmp_path, LAYER)
     assert "\n" not in str(caught.value)
 
 

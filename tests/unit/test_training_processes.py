@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.support import tiny_run
 from vllm_hidden_transfer.training.trainer import LOG_FILE, STATE_FILE
@@ -46,11 +48,45 @@ def finish(folder: Path, steps: int, save_seconds: float = 60.0) -> None:
     assert process.exitcode == 0
 
 
+def torchrun(*arguments: str) -> None:
+    """Two ranks that end well."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launcher, *arguments], cwd=ROOT, check=True, timeout=300)
+
+
+def test_the_others_wait_for_the_first_as_long_as_it_works(tmp_path: Path) -> None:
+    torchrun("-m", "tests.support.ranks", "first_works_alone", str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_ranks_that_start_differently_end_up_equal(tmp_path: Path) -> None:
+    """From the start, and where only the first rank finds the saved state: weights, moments and step are its own."""
+    torchrun("-m", "tests.support.ranks", "other_starts", str(tmp_path))
+    before: dict[str, torch.Tensor] = {}
+    for moment in ("start-1", "end-1", "start-2", "end-2"):
+        ranks = [load_file(tmp_path / f"{moment}-{rank}") for rank in (0, 1)]
+        for name, tensor in ranks[0].items():
+            assert torch.equal(ranks[1][name], tensor), (moment, name)
+        if moment == "start-2":
+            assert all(torch.equal(before[name], tensor) for name, tensor in ranks[0].items())
+        elif before:
+            assert not torch.equal(before["weight"], ranks[0]["weight"])
+        before = ranks[0]
+    for sitting, step in ((1, "2"), (2, "4")):
+        assert {(tmp_path / f"step-{sitting}-{rank}").read_text() for rank in (0, 1)} == {step}
+
+
+def test_the_ranks_of_a_run_hold_its_work_folder_together(tmp_path: Path) -> None:
+    torchrun("-m", "tests.support.ranks", "one_work_folder", str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("held-0", "held-1", "refused-0", "refused-1", "work")
+    ]
+
+
 def test_two_processes_learn_like_one(tmp_path: Path) -> None:
     finish(tmp_path / "one", 8)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     two = tmp_path / "two"
-    subprocess.run([*launcher, *RUN, str(two), "8", "60"], cwd=ROOT, check=True, timeout=300)
+    torchrun(*RUN, str(two), "8", "60")
     assert losses(two) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     one_maps, two_maps = maps_of(tmp_path / "one"), maps_of(two)
     for name in ("weight", "token_weight"):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,13 +25,17 @@ from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
 from vllm_hidden_transfer.evaluation.study import group_name, judged_answers
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.options import Device, TargetDtype
-from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
+from vllm_hidden_transfer.training.cache import Example, PrefixCache
 from vllm_hidden_transfer.training.data import Corpus, read_corpus
 from vllm_hidden_transfer.training.rows import DataError
-from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.training.target import FrozenTarget, text_config
 from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps, load_checkpoint
 
 _LONGEST = 2048
+_UNKNOWN_SPLIT = (
+    "The checkpoint {} does not say what was held out of its training (earlier versions chose by names of files): "
+    "judge it on other data, without --held-out, or train it again."
+)
 _SHORTEST = 2
 
 Item = TypeVar("Item")
@@ -116,6 +119,8 @@ def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
     """
     try:
         config, maps = load_checkpoint(request.checkpoint)
+        if request.held_out and config.held_out_by is None:
+            raise JudgingError(_UNKNOWN_SPLIT.format(request.checkpoint))
         fingerprint = _check_target(request, config, console)
         examples = _read_examples(request, config.target.vocab_size, console)
         dtype = getattr(torch, request.dtype)
@@ -136,13 +141,13 @@ def _check_target(request: Request, config: TransferConfig, console: Console) ->
     path = request.target / "config.json"
     if not path.is_file():
         raise JudgingError(f"There is no target model in {request.target}: it has no config.json.")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = text_config(request.target)
     shape = config.target.model_dump(exclude={"fingerprint"})
     for name, expected in shape.items():
-        if found.get(name) != expected:
+        if getattr(found, name, None) != expected:
             raise JudgingError(
                 f"The checkpoint {request.checkpoint} is for a target with {name} {expected}, but "
-                f"{request.target} has {found.get(name)}: train maps for this target."
+                f"{request.target} has {getattr(found, name, None)}: train maps for this target."
             )
     fingerprint = fingerprint_target(request.target)
     if fingerprint != config.target.fingerprint:
@@ -174,7 +179,7 @@ def _read_examples(request: Request, vocab_size: int, console: Console) -> list[
     corpus = read_answers(request.target, request.data, vocab_size)
     for reason, count in corpus.left_out.items():
         console.print(f"{count} left out: {reason}")
-    examples = [e for e in corpus.examples if not request.held_out or is_held_out(e.id)]
+    examples = [e for e in corpus.examples if not request.held_out or e.held_out]
     chosen = spread_by_group(examples, request.limit)
     if not judged_answers(chosen, request.max_tokens):
         raise JudgingError(

@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,25 @@ class Example:
     """At which the target wrote the answer, 0 = greedily; None: somebody else wrote it."""
     prompt: list[int]
     answer: list[int]
+    kept_out: bool | None = field(default=None, compare=False, repr=False)
+    """Whether what it was cut from is held out; None: it was cut from nothing, and itself decides."""
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is for calibration and judging only.
+
+        All answers to a prompt stay together, and the turns of a conversation, each of which contains the ones before.
+        """
+        if self.kept_out is not None:
+            return self.kept_out
+        # One token for the beginning is no prompt: it is the same everywhere.
+        return is_held_out(self.prompt if len(self.prompt) > 1 else self.tokens)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a file of answers says about it."""
+        names = ("id", "kind", "temperature", "prompt", "answer")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def tokens(self) -> list[int]:
@@ -61,13 +81,12 @@ def read_examples(path: str | Path, min_answer: int = 8, max_tokens: int = 768) 
     return examples
 
 
-def is_held_out(example_id: str, one_in: int = 20) -> bool:
-    """Whether the example of this id is for calibration and judging; nothing else decides.
+def is_held_out(tokens: Sequence[int], one_in: int = 20) -> bool:
+    """Whether what begins with these tokens is for calibration and judging only: the content decides, and nothing else.
 
-    The turns of one conversation stay together: each contains the ones before it.
+    No name has a say, so that renaming or copying a data file moves nothing between training and judging.
     """
-    conversation = example_id.partition(TURN)[0]
-    return hashlib.sha256(conversation.encode()).digest()[0] % one_in == 0
+    return hashlib.sha256(json.dumps(list(tokens)).encode()).digest()[0] % one_in == 0
 
 
 class PrefixCache(Prefixes):

@@ -153,6 +153,7 @@ def _config(
         transfer_layer_ids=(target.transfer_layer,),
         conditioning=maps.conditioning,
         bigram_rank=maps.bigram_rank,
+        held_out_by="content",
         calibration=Calibration(temperatures=tuple(temperatures)),
         target=Target(
             hidden_size=target.hidden_size,

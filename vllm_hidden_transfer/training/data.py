@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_hidden_transfer.training.cache import TURN, Example
+from vllm_hidden_transfer.training.cache import Example, is_held_out
 from vllm_hidden_transfer.training.chat import Message, render_chat
 from vllm_hidden_transfer.training.rows import (
     DataError,
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 ABOUT_SUFFIX = ".about.json"
 """What `generate` lays beside the file that it writes; not data."""
+
+SECTION = 256
+"""Tokens of a document that are held out together or not at all: enough for a beginning and what is judged."""
 
 _JSON_LINES = (".jsonl", ".json")
 _WANTED = (
@@ -82,8 +85,9 @@ def read_corpus(
 ) -> Corpus:
     """Examples of files and folders, in their order (the files of a folder sorted by name, hidden ones left out).
 
-    - Text files are one document each. Documents are joined with the tokenizer's end-of-text token and cut into
-      pieces of `max_tokens`, over the borders of files; a piece teaches all but its first token.
+    - Text files are one document each. Sections of `SECTION` tokens that are held out stand for themselves. What lies
+      between them is joined with the tokenizer's end-of-text token and cut into pieces of `max_tokens`, over the
+      borders of files; a piece teaches all but its first token.
     - JSON lines (.jsonl, .json) hold `text` (a document), `messages` (see below) or what `generate` wrote; other keys
       beside `text` and `messages` are ignored.
     - Parquet files and saved `datasets` (of a DatasetDict the split train) have a column `messages` or `text`.
@@ -142,7 +146,8 @@ class _Reader:
         self._rest: list[int] = []
         self._rest_label = ""
         self._pieces: Counter[str] = Counter()
-        self._documents = 0
+        self._joined = False
+        self._room = max_tokens - len(self._first)
 
     @cached_property
     def _document_end(self) -> int:
@@ -163,7 +168,7 @@ class _Reader:
     def finish(self, paths: Sequence[str | Path]) -> Corpus:
         """All examples, the last piece of text included."""
         if self._rest:
-            self._piece(self._rest_label, self._rest)
+            self._piece(self._rest_label, self._rest, False)
             self._rest = []
         if not self._examples:
             names = ", ".join(map(str, paths)) or "no data file"
@@ -256,15 +261,20 @@ class _Reader:
         if not turns:
             self._left_out["conversations without an answer"] += 1
         fits = []
+        kept_out: bool | None = None
         for count, turn in enumerate(turns, 1):
             prompt = render_chat(self._tokenizer, messages[:turn], where, generation_prompt=True)
+            if kept_out is None:  # by the first turn, for all of them
+                kept_out = is_held_out(prompt)
             whole = render_chat(
                 self._tokenizer, messages[: turn + 1], where, generation_prompt=False
             )
             fits.append(whole[: len(prompt)] == prompt)
             if fits[-1]:
                 answer = self._up_to_its_end(whole[len(prompt) :])
-                self._add(Example(f"{name}{TURN}{count}", "chat", None, prompt, answer), where)
+                self._add(
+                    Example(f"{name}@turn-{count}", "chat", None, prompt, answer, kept_out), where
+                )
         return fits
 
     def _up_to_its_end(self, answer: list[int]) -> list[int]:
@@ -281,22 +291,36 @@ class _Reader:
             return
         # Long documents are what the pieces are cut from: no warning that they are long.
         tokens = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        joint = [self._document_end] if self._documents else []
-        self._documents += 1
+        sections = [tokens[start : start + SECTION] for start in range(0, len(tokens), SECTION)]
+        for kept_out, group in groupby(sections, is_held_out):
+            if kept_out:
+                self._held_out(label, group)
+            else:
+                self._join(label, [token for section in group for token in section])
+
+    def _held_out(self, label: str, sections: Iterable[list[int]]) -> None:
+        for section in sections:
+            for start in range(0, len(section), self._room):
+                self._piece(label, section[start : start + self._room], True)
+
+    def _join(self, label: str, tokens: list[int]) -> None:
+        joint = [self._document_end] if self._joined else []
+        self._joined = True
         stream = [*self._rest, *joint, *tokens]
         start_label = self._rest_label if self._rest else label
-        room = self._max - len(self._first)
-        whole = len(stream) - len(stream) % room
-        for start in range(0, whole, room):
-            self._piece(label if start else start_label, stream[start : start + room])
+        whole = len(stream) - len(stream) % self._room
+        for start in range(0, whole, self._room):
+            self._piece(label if start else start_label, stream[start : start + self._room], False)
         self._rest = stream[whole:]
         self._rest_label = label if whole else start_label
 
-    def _piece(self, label: str, tokens: list[int]) -> None:
+    def _piece(self, label: str, tokens: list[int], kept_out: bool) -> None:
         tokens = self._first + tokens
         number = self._pieces[label]
         self._pieces[label] += 1
-        self._add(Example(f"{label}#{number}", "text", None, tokens[:1], tokens[1:]), label)
+        self._add(
+            Example(f"{label}#{number}", "text", None, tokens[:1], tokens[1:], kept_out), label
+        )
 
     def _add(self, example: Example, where: str) -> None:
         tokens = example.tokens

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -333,6 +332,6 @@ def _write(
                 example = Example(
                     request.id, request.kind, request.temperature, request.tokens, tokens
                 )
-                file.write(json.dumps(asdict(example)) + "\n")
+                file.write(json.dumps(example.record) + "\n")
             file.flush()
             progress.advance(task, len(batch))

@@ -7,10 +7,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(days=365)
+"""How long a process waits for the others. The first one fills caches and judges alone, for hours with a large target,
+and torch's own limit (10 minutes with nccl, 30 with gloo) would kill the run. A process that died needs no limit to be
+noticed: torchrun then ends all of them."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,16 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, in place."""
+        if self.count > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def number_of_first(self, number: int) -> int:
+        """The first process's number: what ranks compute alike on other machines may differ by rounding."""
+        return int(self.from_first(torch.tensor(number, device=self._device())))
+
     def _device(self) -> str:
         alone = self.count == 1 or dist.get_backend() == "gloo"
         return "cpu" if alone else f"cuda:{torch.cuda.current_device()}"
@@ -54,7 +70,7 @@ def joined_processes(device: str) -> Iterator[Processes]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), count)
     finally:

@@ -96,15 +96,16 @@ def requests_of(
         DataError: messages without a template, or the template refuses them.
     """
     turns = {held_out: itertools.cycle(temperatures) for held_out in (False, True)}
+    tokens = [_tokens_of(prompt, tokenizer) for prompt in prompts]
     return [
         Request(
             id=prompt.id,
             kind=prompt.kind,
-            temperature=next(turns[is_held_out(prompt.id)]),
+            temperature=next(turns[is_held_out(asked)]),
             seed=seed + number,
-            tokens=_tokens_of(prompt, tokenizer),
+            tokens=asked,
         )
-        for number, prompt in enumerate(prompts)
+        for number, (prompt, asked) in enumerate(zip(prompts, tokens, strict=True))
     ]
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from vllm_hidden_transfer.config import one_sentence
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.training.bigram import BigramInTraining, bigram_config, bigram_folder
-from vllm_hidden_transfer.training.cache import Example, PrefixCache, is_held_out
+from vllm_hidden_transfer.training.cache import Example, PrefixCache
 from vllm_hidden_transfer.training.card import RunFacts, acceptance_of, corpus_digest, export
 from vllm_hidden_transfer.training.data import read_corpus
 from vllm_hidden_transfer.training.layer_choice import (
@@ -32,8 +32,9 @@ from vllm_hidden_transfer.training.prefixes import Prefixes, PrefixPasses
 from vllm_hidden_transfer.training.ridge import ridge_maps, ridge_passes
 from vllm_hidden_transfer.training.rows import DataError
 from vllm_hidden_transfer.training.settings import TrainSettings
-from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.training.target import FrozenTarget, text_config
 from vllm_hidden_transfer.training.trainer import DraftTrainer, Trainer
+from vllm_hidden_transfer.training.work_lock import sole_run
 from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps
 
 _TRIAL_STEPS = 60
@@ -79,7 +80,10 @@ def train(settings: TrainSettings, command: str, console: Console) -> None:
 
 
 def _train(settings: TrainSettings, command: str, console: Console) -> None:
-    with joined_processes(settings.device) as processes:
+    with (
+        joined_processes(settings.device) as processes,
+        sole_run(settings.work_folder, processes),
+    ):
         console.quiet = not processes.first
         started = time.monotonic()
         corpus = read_data(settings, console)
@@ -127,12 +131,12 @@ def target_folder(target: str) -> Path:
 
 def read_data(settings: TrainSettings, console: Console) -> Corpus:
     """Read, mix, cut and split the data."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = target_folder(settings.target)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        vocab_size = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+        vocab_size = text_config(folder).vocab_size
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the target {settings.target} has no usable tokenizer ({error})"
@@ -148,8 +152,8 @@ def read_data(settings: TrainSettings, console: Console) -> Corpus:
         other = [example for example in examples if example.temperature is None]
         examples = mix(own, other, settings.own_share, settings.seed)
     corpus = Corpus(
-        train=[example for example in examples if not is_held_out(example.id)],
-        held_out=balanced([e for e in examples if is_held_out(e.id)], settings.judged),
+        train=[example for example in examples if not example.held_out],
+        held_out=balanced([e for e in examples if e.held_out], settings.judged),
     )
     if not corpus.train or not corpus.held_out:
         raise ValueError(
@@ -210,7 +214,7 @@ def make_trainer(
     """The trainer with its ridge start, or where it was stopped."""
     name = f"{settings.conditioning}-{target.transfer_layer}-{settings.transfer_steps}"
     state = settings.work_folder / name
-    start = starting_maps(settings, target, prefixes, corpus.train, state, console)
+    start = starting_maps(settings, target, prefixes, corpus.train, state, processes, console)
     frozen = f"{fingerprint} in {settings.dtype}"
     trainer = Trainer(
         target, prefixes, corpus.train, start, settings.training(), state, processes, frozen
@@ -244,11 +248,12 @@ def starting_maps(
     prefixes: Prefixes,
     examples: list[Example],
     state: Path,
+    processes: Processes,
     console: Console,
 ) -> TransferMaps:
-    """The closed-form start; empty maps where a saved state will replace them."""
+    """The closed-form start; empty maps where a saved state or those of the first process will replace them."""
     steps, conditioning = settings.transfer_steps, settings.conditioning
-    if Trainer.is_saved(state):
+    if not processes.first or Trainer.is_saved(state):
         return TransferMaps(steps, target.hidden_size, conditioning)
     from rich.progress import Progress
 
@@ -306,7 +311,8 @@ def auto_layer(
             f"{candidate.worth:.2f}",
         )
     console.print(table)
-    return found[0].layer
+    # Judged by every process, and a hair's breadth between two layers must not part them.
+    return processes.number_of_first(found[0].layer)
 
 
 def _go_through(work: Iterable[Any], what: str, total: int, console: Console) -> None:

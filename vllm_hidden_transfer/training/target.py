@@ -26,6 +26,10 @@ from vllm_hidden_transfer.config import one_sentence
 _ROWS = "hidden_transfer_rows"
 _PREFIX = "hidden_transfer_prefix"
 _PROBE_TOKENS = 12
+_WITHIN = (
+    "{} is a decoder inside another model (its config.json has a part of its own for text), which neither training "
+    "nor the engine reaches into: take the text model alone, saved as a folder of its own"
+)
 
 
 class UnfitTargetError(ValueError):
@@ -77,11 +81,24 @@ class _Rows:
     first_layer: int
 
 
+def text_config(folder: str | Path) -> Any:
+    """The transformers configuration of a target's decoder: config.json itself, or the part of it that is for text.
+
+    Raises:
+        OSError, ValueError: the folder has none that transformers can read.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder).get_text_config()
+
+
 class FrozenTarget:
     """A Hugging Face decoder without gradients for its weights."""
 
     def __init__(self, model: Any, transfer_layer: int) -> None:
-        config = model.config
+        config = model.config.get_text_config()
+        if config is not model.config:
+            raise UnfitTargetError(_WITHIN.format(type(model).__name__))
         inner = getattr(model, "model", None)
         parts = ("layers", "norm", "rotary_emb", "embed_tokens")
         missing = [part for part in parts if not hasattr(inner, part)]
@@ -119,12 +136,19 @@ class FrozenTarget:
         Raises:
             UnfitTargetError: the target cannot be loaded, or drafting rows do not fit its layers.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
         if device == "cuda" and not torch.cuda.is_available():
             raise UnfitTargetError("--device cuda: torch finds no GPU here, leave it at cpu")
         try:
+            config = AutoConfig.from_pretrained(folder)
+            nested = config.get_text_config() is not config
+            if nested and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                name = (config.architectures or [type(config).__name__])[0]
+                raise UnfitTargetError(_WITHIN.format(name))
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except UnfitTargetError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise UnfitTargetError(f"the target {folder} cannot be loaded ({error})") from error
         return cls(model.to(device), transfer_layer)

@@ -120,6 +120,7 @@ class DraftTrainer:
         )
         self._stop = False
         self._load_state()
+        self._start_as_the_first()
 
     @staticmethod
     def is_saved(folder: str | Path) -> bool:
@@ -246,7 +247,7 @@ class DraftTrainer:
             for part in _MOMENTS:
                 if part in state:
                     tensors[f"{name}.{part}"] = state[part]
-        about = {"step": str(self.step), "run": self._run_of()}
+        about = {"format": "pt", "step": str(self.step), "run": self._run_of()}
         write_atomically(self.folder / STATE_FILE, save(tensors, metadata=about))
 
     def _load_state(self) -> None:
@@ -254,31 +255,54 @@ class DraftTrainer:
         if not path.exists():
             return
         try:
-            opened = safe_open(str(path), framework="pt")
-        except (SafetensorError, OSError) as error:
+            with safe_open(str(path), framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it to start again") from error
-        with opened as file:
-            about = file.metadata()
-            if about["run"] != self._run_of():
-                raise ValueError(
-                    f"{path} belongs to a run with other settings, data or another target: use another folder or "
-                    "remove it"
-                )
-            self.step = int(about["step"])
-            names = set(file.keys())
-            for name, parameter in self.module.named_parameters():
-                with torch.no_grad():
-                    parameter.copy_(file.get_tensor(name))
-                if f"{name}.{_MOMENTS[0]}" in names:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(self.step)),
-                        **{
-                            part: file.get_tensor(f"{name}.{part}").to(parameter.device)
-                            for part in _MOMENTS
-                        },
-                    }
-
+        # A file that somebody wrote anew (converted, stripped) need not say what it is.
+        if not about.get("step", "").isdecimal() or "run" not in about:
+            raise ValueError(
+                f"{path} does not say of which run it is (its safetensors metadata lacks step and run): remove it to "
+                "start again"
+            )
+        if about["run"] != self._run_of():
+            raise ValueError(
+                f"{path} belongs to a run with other settings, data or another target: use another folder or "
+                "remove it"
+            )
+        self.step = int(about["step"])
+        for name, parameter in self.module.named_parameters():
+            parts = {name: parameter.detach()}
+            if self.step:
+                moments = self._moments(parameter)
+                parts |= {f"{name}.{part}": moments[part] for part in _MOMENTS}
+            for stored, tensor in parts.items():
+                if stored not in tensors or tensors[stored].shape != tensor.shape:
+                    raise ValueError(
+                        f"{path} lacks {stored} of the shape {list(tensor.shape)}: remove it to start again"
+                    )
+                tensor.copy_(tensors[stored])
         self._cut_log()
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """AdamW's state of a parameter at this step; zeros where it had none."""
+        state: dict[str, Tensor] = self.optimizer.state[parameter]
+        state["step"] = torch.tensor(float(self.step))
+        for part in _MOMENTS:
+            state.setdefault(part, torch.zeros_like(parameter))
+        return state
+
+    def _start_as_the_first(self) -> None:
+        """Step, weights and moments of the first process, which alone need have found a saved state: ranks only
+        exchange gradients, so that what differs at the start would differ for ever."""
+        self.step = self.processes.number_of_first(self.step)
+        for parameter in self.module.parameters():
+            self.processes.from_first(parameter.detach())
+            if self.step:
+                moments = self._moments(parameter)
+                for part in _MOMENTS:
+                    self.processes.from_first(moments[part])
 
     def _run_of(self) -> str:
         """What must not change while a run goes on."""
