@@ -35,7 +35,7 @@ BLOCKS_EACH = 8
 
 
 def random_candidates(requests: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates as real drafts have them: sorted by their marginal, re-weighted by each candidate of the depth before."""
+    """Candidates as real drafts have them: sorted by marginal, re-weighted by each candidate of the depth before."""
     rng = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 49152, (requests, DEPTHS, WIDTH), generator=rng)
     marginal = -1.5 * torch.arange(1, WIDTH + 1).log()

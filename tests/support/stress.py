@@ -48,7 +48,9 @@ class Draw:
         drafts = "maps" if self.real_drafts else "planted"
         answers = sum(ask.answers for ask in self.asks)
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{len(self.asks)} prompts, {answers} answers, {self.nodes} nodes, {drafts}, {options}"
+        return (
+            f"{len(self.asks)} prompts, {answers} answers, {self.nodes} nodes, {drafts}, {options}"
+        )
 
 
 def prompt_of(rng: np.random.Generator, size: int) -> list[int]:
@@ -130,7 +132,9 @@ def answer(llm: Any, asks: Sequence[Ask]) -> list[list[list[int]]]:
 def left_behind(llm: Any) -> dict[str, int]:
     """What an idle engine still holds that it should not: blocks, requests, trees."""
     core = llm.llm_engine.engine_core.engine_core
-    while core.scheduler.has_requests():  # workers hear of finished requests in the step that follows
+    while (
+        core.scheduler.has_requests()
+    ):  # workers hear of finished requests in the step that follows
         core.step()
     pool = core.scheduler.kv_cache_manager.block_pool
     runner = core.model_executor.driver_worker.worker.model_runner

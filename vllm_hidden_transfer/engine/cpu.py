@@ -16,7 +16,12 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_hidden_transfer.drafting.source import DraftSource
 from vllm_hidden_transfer.engine.cpu_attention import TreeAttentionBackend
 from vllm_hidden_transfer.engine.cpu_paths import CPUPaths
-from vllm_hidden_transfer.engine.kv_store import num_scratch_blocks, with_scratch_blocks
+from vllm_hidden_transfer.engine.kv_store import (
+    blocks_beside_scratch,
+    num_scratch_blocks,
+    side_rows_bytes,
+    with_scratch_blocks,
+)
 from vllm_hidden_transfer.engine.runner import TreeRunner
 from vllm_hidden_transfer.engine.transfer_source import TransferSource
 from vllm_hidden_transfer.patches import cpu_attention_backend, cpu_model_runner, seeded_chunks
@@ -70,6 +75,22 @@ class HiddenTransferCPUWorker(CPUWorker):
         from vllm_hidden_transfer.engine.v2.cpu import TreeCPUModelRunnerV2
 
         return TreeCPUModelRunnerV2
+
+    def determine_available_memory(self) -> int:
+        """Where vLLM sizes the KV cache itself, it leaves room for what lies beside it; a size that the user gave is
+        the cache's own."""
+        available: int = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        specs = self.get_kv_cache_spec().values()
+        block = sum(spec.page_size_bytes for spec in specs)
+        budget = self.vllm_config.num_speculative_tokens
+        seqs, tokens = (
+            self.scheduler_config.max_num_seqs,
+            self.scheduler_config.max_num_batched_tokens,
+        )
+        rows = side_rows_bytes(specs, seqs * budget, tokens, self.model_config.dtype)
+        return block * blocks_beside_scratch((available - rows) // block, seqs, budget)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         with cpu_attention_backend.replaced_by(

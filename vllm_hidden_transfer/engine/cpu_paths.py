@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_hidden_transfer.engine.cpu_attention import TreeAttentionMetadataBuilder
-from vllm_hidden_transfer.engine.kv_store import IntArray, KVStore
+from vllm_hidden_transfer.engine.kv_store import IntArray, KVStore, side_rows_bytes
 from vllm_hidden_transfer.tree import Scratch, TokenTree, fit_to_scratch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = init_logger("vllm.hidden_transfer")
 
@@ -33,6 +36,8 @@ class CPUPaths:
     store: KVStore
     attn_groups: Any
     compilation_config: Any
+    vllm_config: VllmConfig
+    get_kv_cache_spec: Callable[[], dict[str, Any]]
     attention_name = "tree paths on CPU_ATTN"
     cut_nodes = 0
     """Nodes so far that were cut off trees for lack of scratch blocks."""
@@ -43,6 +48,24 @@ class CPUPaths:
         # The last one takes what nobody reads.
         last = num_blocks + scratch - 1
         self.store = KVStore(caches, Scratch(range(num_blocks, last), last), layers)
+        blocks = scratch * sum(cache[0].nbytes for cache in caches.values())
+        scheduler, nodes = (
+            self.vllm_config.scheduler_config,
+            self.vllm_config.num_speculative_tokens,
+        )
+        rows = side_rows_bytes(
+            self.get_kv_cache_spec().values(),
+            scheduler.max_num_seqs * nodes,
+            scheduler.max_num_batched_tokens,
+            self.vllm_config.model_config.dtype,
+        )
+        logger.info(
+            "hidden_transfer: %.0f MiB beside the KV cache: %.0f for %d scratch blocks, up to %.0f for rows to move",
+            (blocks + rows) / 2**20,
+            blocks / 2**20,
+            scratch,
+            rows / 2**20,
+        )
         for builder in self._builders():
             builder.store = self.store
 

@@ -7,7 +7,8 @@ allocation at a constant stride, so copies and compaction are one call for all l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from vllm import _custom_ops as ops
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from vllm_hidden_transfer.tree import PathLayout, Scratch
 
@@ -50,6 +51,30 @@ def num_scratch_blocks(num_blocks: int, max_num_seqs: int, budget: int) -> int:
     """How many scratch blocks an engine gets: a block for every node of every request, but not more
     than an eighth of the cache, and always enough for four bushy trees."""
     return min(max_num_seqs * budget, max(num_blocks // 8, 4 * budget)) + 1
+
+
+def blocks_beside_scratch(total: int, max_num_seqs: int, budget: int) -> int:
+    """How many of ``total`` blocks can be the scheduler's, so that there is room for their scratch blocks too."""
+
+    def together(num_blocks: int) -> int:
+        return num_blocks + num_scratch_blocks(num_blocks, max_num_seqs, budget)
+
+    return max(bisect.bisect_right(range(total + 1), total, key=together) - 1, 1)
+
+
+def side_rows_bytes(
+    specs: Iterable[KVCacheSpec], num_rows: int, max_num_batched_tokens: int, dtype: torch.dtype
+) -> int:
+    """What ``KVStore.saved_rows`` may grow to, in bytes.
+
+    Args:
+        specs: of each layer's cache.
+        num_rows: nodes of the trees of all requests together.
+        max_num_batched_tokens: rows of a pass at most.
+        dtype: of keys and values before they are written.
+    """
+    numbers = sum(2 * spec.num_kv_heads * spec.head_size for spec in specs)
+    return min(num_rows, max_num_batched_tokens) * numbers * dtype.itemsize
 
 
 class KVStore:
