@@ -56,7 +56,7 @@ lint: setup ## ruff and mypy
 
 lock: setup ## write the versions of .venv down for the next set-ups
 	{ sed '/^[^#]/,$$d' scripts/cpu-lock.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable \
-		| grep -v '^vllm=='; } > scripts/cpu-lock.new
+		| grep -Ev '^(pip|vllm)=='; } > scripts/cpu-lock.new
 	mv scripts/cpu-lock.new scripts/cpu-lock.txt
 
 format: setup ## let ruff rewrite what it can
