@@ -138,7 +138,8 @@ class Sources:
         """All seams by name, and whether a class of ours defines it (vLLM may lack it then)."""
         classes = [one for one in self._ours if one.is_class]
         inherited = {base.path for one in classes for base in one.mro()}
-        found: dict[str, bool] = {}
+        set_by_us: set[str] = set()
+        needed = {*self._named}
         for one in classes:
             above = [base.path for base in one.mro() if base.path.startswith("vllm.")]
             if not above or one.path in inherited:
@@ -146,9 +147,9 @@ class Sources:
             family = [base for base in (one, *one.mro()) if not base.path.startswith("vllm.")]
             own = {name for each in family for name in {*each.members, *of_self(each, ast.Store)}}
             read = {name for each in family for name in of_self(each, ast.Load)} - own
-            found |= {f"{above[0]}.{name}": False for name in read - {*dir(object)}}
-            found |= {f"{above[0]}.{name}": True for name in own}
-        return found | dict.fromkeys(self._named, False)
+            needed |= {f"{above[0]}.{name}" for name in read - {*dir(object)}}
+            set_by_us |= {f"{above[0]}.{name}" for name in own}
+        return {name: name not in needed for name in needed | set_by_us}
 
     def find(self, name: str) -> Entry | None:
         """What a seam is, None where there is no such name."""
