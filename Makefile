@@ -28,8 +28,8 @@ target: setup ## the demo target SmolLM2-135M-Instruct, fetched and converted on
 demo: target ## hidden transfer beside no speculation on real questions, both sides eager for a quick start
 	@$(BIN)/vllm-hidden-transfer demo --eager
 
-unit: setup ## the unit tests alone
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not matrix and not gpu" --durations=10 tests/unit
+unit: setup ## the quick unit tests: none that trains, fuzzes or starts processes
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" --durations=10 tests/unit
 
 test: lint target ## all checks but the slow rows of the feature matrix
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not matrix and not gpu" --durations=15

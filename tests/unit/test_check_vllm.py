@@ -363,6 +363,7 @@ def test_vllm_is_not_imported() -> None:
     assert result.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_the_installed_vllm_is_as_recorded(tool: Any) -> None:
     """Fails when vLLM or our use of it changed: look at what moved, then
     ``python scripts/check_vllm.py 0.32.0 0.33.0 --record``."""

@@ -381,6 +381,7 @@ def test_chained_drafts_follow_what_came(
 
 
 @pytest.mark.parametrize("conditioning", ["none", "token", "chained"])
+@pytest.mark.slow
 def test_the_study_holds_together(
     target: FrozenTarget, cache: PrefixCache, examples: list[Example], conditioning: Conditioning
 ) -> None:
@@ -411,6 +412,7 @@ def test_the_study_holds_together(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.slow
 def test_eval_in_half_precision(folders: dict[str, Path], tmp_path: Path, dtype: str) -> None:
     """The target in half the memory gives nearly the fp32 study."""
     studies = []
@@ -483,6 +485,7 @@ def arguments(folders: dict[str, Path], command: str, *more: str) -> list[str]:
     return [command, *options, "--data", str(folders["answers.jsonl"]), *more]
 
 
+@pytest.mark.slow
 def test_eval_writes_what_inspect_shows(folders: dict[str, Path]) -> None:
     output = folders["maps"]
     result = runner.invoke(
@@ -523,6 +526,7 @@ def test_eval_writes_what_inspect_shows(folders: dict[str, Path]) -> None:
     (output / "eval.json").unlink()
 
 
+@pytest.mark.slow
 def test_tune_writes_its_settings_and_nothing_else(folders: dict[str, Path]) -> None:
     path = folders["maps"] / "config.json"
     before, weights = (
@@ -548,6 +552,7 @@ def test_tune_writes_its_settings_and_nothing_else(folders: dict[str, Path]) -> 
         assert "tokens per unit of cost" in result.output
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_other_weights_needs_the_override(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -577,6 +582,7 @@ def test_a_checkpoint_for_other_weights_needs_the_override(
         ({}, ("--cache", "{foreign}"), "another target, transfer layer or dtype"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_is_one_sentence(
     folders: dict[str, Path],
     tmp_path: Path,
@@ -606,12 +612,14 @@ def test_the_commands_explain_themselves(command: str) -> None:
     assert "Usage" in result.output
 
 
+@pytest.mark.slow
 def test_costs_come_together(folders: dict[str, Path]) -> None:
     result = runner.invoke(app, arguments(folders, "tune", "--row-cost", "0.1"))
     assert result.exit_code == 1
     assert "give both" in result.output
 
 
+@pytest.mark.slow
 def test_missing_packages_are_named(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

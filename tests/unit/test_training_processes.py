@@ -18,6 +18,8 @@ from safetensors import safe_open
 from tests.support import tiny_run
 from vllm_hidden_transfer.training.trainer import LOG_FILE, STATE_FILE
 
+pytestmark = pytest.mark.slow
+
 RUN = ["-m", "tests.support.tiny_run"]
 ROOT = Path(__file__).parents[2]
 
