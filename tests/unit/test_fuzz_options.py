@@ -45,6 +45,8 @@ from vllm_hidden_transfer.engine.configuration import (
 from vllm_hidden_transfer.engine.settings import METHOD
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
 
+pytestmark = pytest.mark.slow
+
 LONGEST_CONFIGURATION = 600
 """A refusal to serve may quote a refusal of the checkpoint and say what to do."""
 

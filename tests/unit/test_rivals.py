@@ -35,6 +35,8 @@ from vllm_hidden_transfer.training.cache import Example, PrefixCache
 from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import DraftTrainer, TrainingConfig
 
+pytestmark = pytest.mark.slow
+
 LAYER, STEPS, SIZE, VOCABULARY = 2, 4, 32, 101
 CONFIG = TrainingConfig(
     steps=20, sequences=3, roots=6, learning_rate=3e-3, warmup=2, log_every=1, negatives=-1

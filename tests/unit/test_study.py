@@ -388,6 +388,7 @@ def test_chained_drafts_follow_what_came(
 
 
 @pytest.mark.parametrize("conditioning", ["none", "token", "chained"])
+@pytest.mark.slow
 def test_the_study_holds_together(
     target: FrozenTarget, cache: PrefixCache, examples: list[Example], conditioning: Conditioning
 ) -> None:
@@ -418,6 +419,7 @@ def test_the_study_holds_together(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.slow
 def test_eval_in_half_precision(folders: dict[str, Path], tmp_path: Path, dtype: str) -> None:
     """The target in half the memory gives nearly the fp32 study."""
     studies = []
@@ -518,6 +520,7 @@ def arguments(folders: dict[str, Path], command: str, *more: str) -> list[str]:
     return [command, *options, "--data", str(folders["answers.jsonl"]), *more]
 
 
+@pytest.mark.slow
 def test_eval_writes_what_inspect_shows(folders: dict[str, Path]) -> None:
     output = folders["maps"]
     result = runner.invoke(
@@ -558,6 +561,7 @@ def test_eval_writes_what_inspect_shows(folders: dict[str, Path]) -> None:
     (output / "eval.json").unlink()
 
 
+@pytest.mark.slow
 def test_tune_writes_its_settings_and_nothing_else(folders: dict[str, Path]) -> None:
     path = folders["maps"] / "config.json"
     before, weights = (
@@ -621,6 +625,7 @@ def test_a_nested_config_is_read_where_the_decoder_is_described(
     assert f"vocab_size {VOCABULARY - 1}, but" in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_for_other_weights_needs_the_override(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -650,6 +655,7 @@ def test_a_checkpoint_for_other_weights_needs_the_override(
         ({}, ("--cache", "{foreign}"), "another target, transfer layer or dtype"),
     ],
 )
+@pytest.mark.slow
 def test_bad_input_is_one_sentence(
     folders: dict[str, Path],
     tmp_path: Path,
@@ -679,12 +685,14 @@ def test_the_commands_explain_themselves(command: str) -> None:
     assert "Usage" in result.output
 
 
+@pytest.mark.slow
 def test_costs_come_together(folders: dict[str, Path]) -> None:
     result = runner.invoke(app, arguments(folders, "tune", "--row-cost", "0.1"))
     assert result.exit_code == 1
     assert "give both" in result.output
 
 
+@pytest.mark.slow
 def test_missing_packages_are_named(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,8 @@ from vllm_hidden_transfer.evaluation.study_result import STUDY_FILE, Study
 from vllm_hidden_transfer.training.trainer import STATE_FILE
 from vllm_hidden_transfer.transfer import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 512
 
 

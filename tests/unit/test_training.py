@@ -227,6 +227,7 @@ def make_trainer(
     return Trainer(target, cache, examples, maps, config, folder)
 
 
+@pytest.mark.slow
 def test_loss_falls(
     tmp_path: Path, target: FrozenTarget, cache: PrefixCache, examples: list[Example]
 ) -> None:
@@ -239,6 +240,7 @@ def test_loss_falls(
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(
     tmp_path: Path, target: FrozenTarget, cache: PrefixCache, examples: list[Example]
 ) -> None:
@@ -266,6 +268,7 @@ def bigram_trainer(
     return model, DraftTrainer(model, examples, config, folder)
 
 
+@pytest.mark.slow
 def test_bigrams_learn_what_follows_and_leave_the_maps_alone(
     tmp_path: Path, target: FrozenTarget, cache: PrefixCache, examples: list[Example]
 ) -> None:
@@ -288,6 +291,7 @@ def test_bigrams_learn_what_follows_and_leave_the_maps_alone(
     assert torch.equal(model.bigram.down, again_model.bigram.down)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_stops(
     tmp_path: Path, target: FrozenTarget, cache: PrefixCache, examples: list[Example]
 ) -> None:

@@ -19,6 +19,8 @@ from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes, U
 from vllm_hidden_transfer.training.trainer import Trainer, TrainingConfig
 from vllm_hidden_transfer.transfer import TransferMaps
 
+pytestmark = pytest.mark.slow
+
 SUPPORTED = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Qwen3Moe")
 UNFIT: dict[str, dict[str, object]] = {"Gemma2": {}, "Granite": {"logits_scaling": 8.0}}
 LAYER, STEPS, VOCABULARY = 2, 4, 512

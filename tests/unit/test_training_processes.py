@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from tests.support import tiny_run
 from vllm_hidden_transfer.training.trainer import LOG_FILE, STATE_FILE
 
+pytestmark = pytest.mark.slow
+
 RUN = ["-m", "tests.support.tiny_run"]
 ROOT = Path(__file__).parents[2]
 
