@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pytest plugin (``-p tests.support.lesser_cpu``) that hides instruction sets of this CPU from vLLM.
 
-vLLM asks torch which kernels to load and which attention to take. LESSER_CPU names what torch shall deny, comma-separated:
+vLLM asks torch which kernels to load and which attention to take. LESSER_CPU names what torch shall deny, with commas:
 ``amx`` (attention without AMX tiles), ``avx512`` (the AVX2 build of vLLM's kernels; AMX with it).
 """
 

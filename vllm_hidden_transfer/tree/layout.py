@@ -3,7 +3,7 @@
 
 Every run of a tree (see ``TokenTree.run_starts``) becomes a sequence of its own, whose queries are the run's rows
 and whose keys are the prefix and the run's ancestors. An ordinary causal kernel then computes tree attention,
-bit for bit as it computes decoding without speculation. A first run lies in the request's own blocks; any other run
+as it computes decoding without speculation (up to how a kernel adds for another number of rows). A first run lies in the request's own blocks; any other run
 reads the prefix from the request's full blocks and continues in scratch blocks, whose first is a copy of the
 request's partial block. numpy only, no vLLM.
 """
