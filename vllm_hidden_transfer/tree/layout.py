@@ -2,10 +2,10 @@
 """Path decomposition: a batch of trees as plain causal sequences over a paged KV cache.
 
 Every run of a tree (see ``TokenTree.run_starts``) becomes a sequence of its own, whose queries are the run's rows
-and whose keys are the prefix and the run's ancestors. An ordinary causal kernel then computes tree attention,
-as it computes decoding without speculation (up to how a kernel adds for another number of rows). A first run lies in the request's own blocks; any other run
-reads the prefix from the request's full blocks and continues in scratch blocks, whose first is a copy of the
-request's partial block. numpy only, no vLLM.
+and whose keys are the prefix and the run's ancestors. An ordinary causal kernel then computes tree attention as it
+computes decoding without speculation, up to how it adds for another number of rows. A first run lies in the request's
+own blocks; any other run reads the prefix from the request's full blocks and continues in scratch blocks, whose first
+is a copy of the request's partial block. numpy only, no vLLM.
 """
 
 from __future__ import annotations
