@@ -147,7 +147,7 @@ def weigh(logits: torch.Tensor, dtype: torch.dtype, expected: int, tested: int) 
     if dtype == torch.float32:
         bound = FP32_BOUND * abs(best)
     else:
-        exponent = math.floor(math.log2(abs(best))) if best else 0
+        exponent = math.frexp(best)[1] - 1
         spread = max(spread, torch.finfo(dtype).eps * 2.0**exponent)
         bound = spread
     behind = best - float(two.min())
