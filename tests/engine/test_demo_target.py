@@ -74,9 +74,7 @@ def with_maps(target: Path, budget: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "count", "tokens"), [("float32", 4, 48), ("bfloat16", 2, 16)], ids=lambda value: value
-)
+@pytest.mark.parametrize(("dtype", "count", "tokens"), [("float32", 4, 48), ("bfloat16", 2, 16)])
 def test_core(dtype: str, count: int, tokens: int, demo_target: Path) -> None:
     """Both dtypes on every CPU, with the checkpoint's 16 nodes; fewer tokens in bf16, which many CPUs emulate."""
     options = {"dtype": dtype, **CHUNKED}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.engines import (
+    Asker,
     Texts,
     acceptance_length,
     assert_identical,
@@ -101,3 +102,15 @@ def test_any_number_of_nodes_fits_a_budget(random_target: Path, tmp_path: Path) 
     assert_identical(batched, texts, random_target, **CHUNKED)
     assert 0 < counters.draft_tokens < 16 * counters.drafts
     assert acceptance_length(texts, counters) >= 2
+
+
+def test_stock_in_a_process_of_its_own_goes_on_with_a_text(random_target: Path) -> None:
+    """What the judge does behind a rounding."""
+    batched = stock_texts(random_target, **CHUNKED)
+    prefixes = [
+        [*prompt, *text[:40]] for prompt, text in zip(batched.prompts, batched.outputs, strict=True)
+    ]
+    with Asker(random_target, **CHUNKED) as again:
+        rest = Texts(prefixes, again.ask(prefixes, [NUM_TOKENS - 40] * NUM_PROMPTS))
+    expected = Texts(prefixes, [text[40:] for text in batched.outputs])
+    assert_identical(expected, rest, random_target, **CHUNKED)
