@@ -25,9 +25,10 @@ import typer
 from openai import APIError, AsyncOpenAI
 from rich.console import Console
 
-from tests.support.engines import PLANTED, TIE, relative_gap
+from tests.support.engines import PLANTED, Asker
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
 from tests.support.servers import metric, serve
+from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, judge
 from vllm_hidden_transfer.evaluation import planted
 from vllm_hidden_transfer.evaluation.engine_process import EngineProcess
 
@@ -36,6 +37,15 @@ REPORT = ROOT / "work" / "soak.json"
 BUDGET = 8
 LONGEST_ANSWER = 48
 MODEL_LEN = 320
+STOCK: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 1 << 28,
+    "max_model_len": MODEL_LEN,
+    "max_num_seqs": 64,
+    "block_size": 32,
+}
+"""Options of the engine without speculation."""
 WARM_MINUTES = 4
 """Until a server has met its largest batches its allocator still grows (measured: up to three minutes)."""
 GROWTH_MB, GROWTH_MB_COLD = 64, 192
@@ -48,7 +58,8 @@ class Tally:
 
     greedy_compared: int = 0
     prompts_compared: set[int] = field(default_factory=set)
-    mismatches: list[dict[str, Any]] = field(default_factory=list)
+    differing: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    """Prompt, length asked for and token ids of greedy answers that are not those of no speculation."""
     requests: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
 
@@ -78,15 +89,7 @@ def make_load(target: Path, count: int, log: Path) -> Load:
         [*(rng.choice(shared) if index % 3 == 0 else []), *tokens(rng.randrange(3, 120))]
         for index in range(count)
     ]
-    options = {
-        "model": str(target),
-        "dtype": "float32",
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": 1 << 28,
-        "max_model_len": MODEL_LEN,
-        "max_num_seqs": 64,
-        "block_size": 32,
-    }
+    options = {"model": str(target), **STOCK}
     sampling = {"temperature": 0.0, "max_tokens": LONGEST_ANSWER, "ignore_eos": True}
     with EngineProcess("reference", options, log, {"VLLM_PLUGINS": ""}) as engine:
         answers = [generation.token_ids for generation in engine.generate(prompts, sampling)]
@@ -185,10 +188,7 @@ class Clients:
         self.tally.prompts_compared.add(number)
         expected = self.load.answers[number][:length]
         if ids != expected:
-            place = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), -1)  # noqa: B905
-            self.tally.mismatches.append(
-                {"prompt": number, "place": place, "ids": ids, "length": length}
-            )
+            self.tally.differing.append((number, length, ids))
 
 
 def memory_mb(process: psutil.Process) -> float:
@@ -269,22 +269,23 @@ def run(minutes: float, clients: int, prompts: int, folder: Path) -> dict[str, A
             "end": round(memory[-1]),
         },
     }
-    ties, mismatches = _sort_out(tally, load, target)
-    report |= {"ties": ties, "mismatches": mismatches}
+    found = _sort_out(tally, load, target)
+    report |= {
+        "ties": [str(one) for one in found.findings if one not in found.wrong],
+        "mismatches": [str(one) for one in found.wrong],
+    }
     report["problems"] = _problems(report, tally)
     return report
 
 
-def _sort_out(tally: Tally, load: Load, target: Path) -> tuple[list[Any], list[Any]]:
-    """Ties with their gap, and real mismatches."""
-    ties, mismatches = [], []
-    for found in tally.mismatches:
-        number, place = found["prompt"], found["place"]
-        gap = 1.0
-        if place >= 0:
-            gap = relative_gap(target, [*load.prompts[number], *load.answers[number][:place]])
-        (ties if gap < TIE else mismatches).append({**found, "gap": gap})
-    return ties, mismatches
+def _sort_out(tally: Tally, load: Load, target: Path) -> Judgement:
+    """What the differing answers are."""
+    prompts = [load.prompts[number] for number, _, _ in tally.differing]
+    expected = [load.answers[number][:length] for number, length, _ in tally.differing]
+    tested = [ids for _, _, ids in tally.differing]
+    with Asker(target, **STOCK) as again:
+        reference = TransformersReference(target, STOCK["dtype"])
+        return judge(prompts, expected, tested, reference, again.ask)
 
 
 def _problems(report: dict[str, Any], tally: Tally) -> list[str]:

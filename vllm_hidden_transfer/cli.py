@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_hidden_transfer.options import Device, TargetDtype
+from vllm_hidden_transfer.options import DemoDtype, Device, TargetDtype
 
 app = typer.Typer(
     help="Hidden transfer for vLLM: the target drafts from its own hidden states.",
@@ -49,6 +49,13 @@ def demo(
     eager: Annotated[
         bool, typer.Option("--eager", help="Start both sides without compiling (faster start).")
     ] = False,
+    dtype: Annotated[
+        DemoDtype,
+        typer.Option(
+            help="What both sides compute in. In float32 the texts are the same word for word; in bfloat16 they may "
+            "part where two tokens tie within its rounding, and only what is wrong fails."
+        ),
+    ] = "float32",
     output: Annotated[Path, typer.Option(help="Folder for logs and the picture.")] = Path(
         "work/demo"
     ),
@@ -65,6 +72,7 @@ def demo(
         budget=budget,
         max_tokens=max_tokens,
         eager=eager,
+        dtype=dtype,
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )
     try:

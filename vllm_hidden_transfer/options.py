@@ -5,5 +5,7 @@ from typing import Literal
 
 TargetDtype = Literal["float32", "bfloat16", "float16"]
 """What a frozen target may be loaded in, to train for it or to judge."""
+DemoDtype = Literal["float32", "bfloat16"]
+"""What the demo's two engines compute in."""
 Device = Literal["cpu", "cuda"]
 """Where that runs; cuda was never run by us."""

@@ -14,7 +14,6 @@ from tests.support.engines import (
     acceptance_length,
     assert_identical,
     counters_of,
-    differences,
     engine,
     generate,
     planted_options,
@@ -22,7 +21,6 @@ from tests.support.engines import (
 from vllm_hidden_transfer.drafting.source import DraftBatch
 from vllm_hidden_transfer.engine.cpu import TreeCPUModelRunner
 from vllm_hidden_transfer.engine.transfer_source import TransferSource
-from vllm_hidden_transfer.evaluation.machine import this_machine
 from vllm_hidden_transfer.tree import TokenTree
 
 pytestmark = pytest.mark.engine
@@ -76,46 +74,37 @@ def with_maps(target: Path, budget: int) -> dict[str, Any]:
     }
 
 
-def test_core(demo_target: Path) -> None:
-    """4 prompts x 48 tokens in the dtype that this CPU prefers, with the checkpoint's 16 nodes."""
-    dtype = this_machine().dtype
+@pytest.mark.parametrize(("dtype", "count", "tokens"), [("float32", 4, 48), ("bfloat16", 2, 16)])
+def test_core(dtype: str, count: int, tokens: int, demo_target: Path) -> None:
+    """Both dtypes on every CPU, with the checkpoint's 16 nodes; fewer tokens in bf16, which many CPUs emulate."""
     options = {"dtype": dtype, **CHUNKED}
-    prompts = chat_prompts(demo_target, 4)
+    prompts = chat_prompts(demo_target, count)
     with engine(demo_target, **options) as llm:
-        reference = generate(llm, prompts, max_tokens=48)
+        reference = generate(llm, prompts, max_tokens=tokens)
     with engine(demo_target, **options, **with_maps(demo_target, 16)) as llm:
-        texts = generate(llm, prompts, max_tokens=48)
+        texts = generate(llm, prompts, max_tokens=tokens)
         counters = counters_of(llm)
-    assert_identical(reference, texts, demo_target, dtype)
-    assert acceptance_length(texts, counters) >= 1.8
+    assert_identical(reference, texts, demo_target, **options)
+    assert acceptance_length(texts, counters) >= (1.8 if dtype == "float32" else 1.3)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_grid(dtype: str, eager: bool, demo_target: Path, record_property: Any) -> None:
-    """8 prompts x 64 tokens, budgets 1 to 32 in one engine, batched and one by one."""
+def test_grid(dtype: str, eager: bool, demo_target: Path) -> None:
+    """8 prompts x 64 tokens, budgets 1 to 32 in one engine, batched and one by one, against stock batched."""
     options = {"dtype": dtype, "enforce_eager": eager, **CHUNKED}
     prompts = chat_prompts(demo_target, 8)
     with engine(demo_target, **options) as llm:
         reference = generate(llm, prompts, max_tokens=64)
-        alone = generate(llm, prompts, max_tokens=64, group=1)
-    invariant = differences(reference, alone) == []
-    record_property("stock_is_batch_invariant", invariant)
-    if dtype == "bfloat16" and not invariant:
-        pytest.skip(
-            "stock vLLM without speculation is not batch-invariant in bf16 on this CPU: "
-            f"{differences(reference, alone)} differ batched and one by one"
-        )
-    assert_identical(reference, alone, demo_target, dtype)
     source = f"{LimitedSource.__module__}:{LimitedSource.__name__}"
     with engine(demo_target, **options, **planted_options(32, source)) as llm:
         for budget in (1, 4, 8, 16, 32):
             LimitedSource.limit = budget
-            for group, expected in ((None, reference), (1, alone)):
+            for group in (None, 1):
                 before = counters_of(llm)
                 texts = generate(llm, prompts, max_tokens=64, group=group)
                 counters = counters_of(llm) - before
-                assert_identical(expected, texts, demo_target, dtype)
+                assert_identical(reference, texts, demo_target, **options)
                 if budget >= 8:
                     assert acceptance_length(texts, counters) >= 1.8

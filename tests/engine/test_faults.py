@@ -37,7 +37,7 @@ def test_nan_drafts_are_dropped_and_counted(
     with engine(random_target, **planted_options(8, source)) as llm:
         texts = generate(llm, prompts, max_tokens=80)
         counters = counters_of(llm)
-    assert_identical(reference, texts, random_target, "float32")
+    assert_identical(reference, texts, random_target)
     assert PoisonedSource.latest.unusable_rows > 100
     assert 0 < counters.drafts < 0.75 * 8 * 80  # a pass of a poisoned request has no drafts
 
@@ -56,7 +56,7 @@ def test_trees_cut_for_lack_of_scratch_are_told_once(random_target: Path, tmp_pa
         with engine(random_target, num_gpu_blocks_override=96, **planted_options(16)) as llm:
             for group in (2, 8):
                 texts = generate(llm, prompts, group=group, max_tokens=40)
-                assert_identical(reference, texts, random_target, "float32")
+                assert_identical(reference, texts, random_target)
                 warnings = [line for line in log.buffer if line.levelno == logging.WARNING]
                 told.append(sum("scratch blocks" in line.getMessage() for line in warnings))
     finally:

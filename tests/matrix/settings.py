@@ -34,6 +34,8 @@ class Setting:
     matrix: bool = True
     """Only in `make matrix`; else in `make test` too."""
     note: str = ""
+    needs: str = ""
+    """What stock vLLM itself needs of a CPU for it, as /proc/cpuinfo names it."""
 
 
 def _sliding(folder: Path) -> Path:
@@ -135,7 +137,7 @@ SETTINGS: tuple[Setting, ...] = (
         )
         for parser in ("qwen3", "deepseek_r1")
     ),
-    Setting("fp8_kv", "fp8 KV cache", {**CHUNKED, "kv_cache_dtype": "fp8"}),
+    Setting("fp8_kv", "fp8 KV cache", {**CHUNKED, "kv_cache_dtype": "fp8"}, needs="avx512f"),
     Setting(
         "quantised",
         "a quantised target (compressed-tensors, int8)",

@@ -55,13 +55,13 @@ def test_drafts_and_verifies_identically(family: str, tmp_path: Path) -> None:
     with engine(target, **options, **planted_options(16)) as llm:
         texts = generate(llm, prompts, max_tokens=NUM_TOKENS)
         length = acceptance_length(texts, counters_of(llm))
-    assert_identical(reference, texts, target, "float32")
+    assert_identical(reference, texts, target, **options)
     assert length >= 2
     maps = {"speculative_config": {"method": "hidden_transfer", "model": str(checkpoint)}}
     with engine(target, **options, **maps) as llm:
         texts = generate(llm, prompts, max_tokens=NUM_TOKENS)
         counters = counters_of(llm)
-    assert_identical(reference, texts, target, "float32")
+    assert_identical(reference, texts, target, **options)
     assert counters.draft_tokens > counters.drafts > 0
     record("family", family, "works", length)
 

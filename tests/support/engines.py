@@ -5,16 +5,22 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from tests.support.models import VOCABULARY
+from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, judge, parting
 from vllm_hidden_transfer.evaluation import planted
-from vllm_hidden_transfer.evaluation.engine_process import SpecCounters, spec_counters
+from vllm_hidden_transfer.evaluation.engine_process import (
+    EngineProcess,
+    SpecCounters,
+    spec_counters,
+)
 
 PLANTED = "vllm_hidden_transfer.evaluation.planted:PlantedSource"
 
@@ -30,6 +36,7 @@ SMALL: Mapping[str, Any] = {
     "disable_log_stats": False,
 }
 """Options of an engine for tests."""
+NOTHING: Mapping[str, str] = {}
 
 
 @contextmanager
@@ -128,40 +135,56 @@ def acceptance_length(texts: Texts, counters: SpecCounters) -> float:
 
 def differences(reference: Texts, texts: Texts) -> list[tuple[int, int]]:
     """(prompt, first differing token) of every text that is not the reference's."""
-    return [
-        (index, next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), len(one)))  # noqa: B905
-        for index, (one, other) in enumerate(zip(reference.outputs, texts.outputs, strict=True))
-        if one != other
-    ]
+    pairs = zip(reference.outputs, texts.outputs, strict=True)
+    places = [(index, parting(*pair)) for index, pair in enumerate(pairs)]
+    return [(index, place) for index, place in places if place is not None]
 
 
-TIE = 1e-5
+def assert_identical(
+    reference: Texts,
+    texts: Texts,
+    target: Path,
+    environment: Mapping[str, str] = NOTHING,
+    **options: Any,
+) -> Judgement:
+    """No text is wrong against the reference's, as `bench.identity` judges; what parted is printed.
 
-
-def assert_identical(reference: Texts, texts: Texts, target: Path, dtype: str) -> None:
-    """Every text is the reference's, but for ties, which are printed with their gap.
-
-    A tie is a difference at a place where the two best raw logits differ by less than TIE of the best, in fp32.
+    options: those of the engine that gave the reference, which is started again, in a process of its own, where a text
+    has parted by rounding and the rest of it must be asked again.
+    environment: what that process needs besides.
     """
-    found = differences(reference, texts)
-    unexplained = []
-    for prompt, position in found:
-        so_far = [*reference.prompts[prompt], *reference.outputs[prompt][:position]]
-        gap = relative_gap(target, so_far) if dtype == "float32" else 1.0
-        print(
-            f"prompt {prompt} differs at token {position}, relative gap of the two best logits {gap:.1e}"
+    dtype = {**SMALL, **options}["dtype"]
+    with Asker(target, environment, **options) as again:
+        found = judge(
+            reference.prompts,
+            reference.outputs,
+            texts.outputs,
+            TransformersReference(target, dtype),
+            again.ask,
         )
-        if gap >= TIE:
-            unexplained.append((prompt, position, gap))
-    assert unexplained == []
+    print(found)
+    assert found.wrong == ()
+    return found
 
 
-def relative_gap(target: Path, tokens: Sequence[int]) -> float:
-    """(top1 - top2) / |top1| of the target's raw logits after these tokens, by transformers in fp32."""
-    import torch
-    from transformers import AutoModelForCausalLM
+class Asker(ExitStack):
+    """vLLM without speculation, started when it is first asked."""
 
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    with torch.inference_mode():
-        best = model(torch.tensor([list(tokens)])).logits[0, -1].topk(2).values
-    return float((best[0] - best[1]) / best[0].abs())
+    def __init__(
+        self, target: Path, environment: Mapping[str, str] = NOTHING, **options: Any
+    ) -> None:
+        super().__init__()
+        self._options = {"model": str(target), **SMALL, **options}
+        self._environment = {"VLLM_PLUGINS": "", **environment}
+        self._engine: EngineProcess | None = None
+
+    def ask(self, prefixes: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        """Continue each prefix greedily by exactly so many tokens."""
+        if self._engine is None:
+            folder = Path(self.enter_context(TemporaryDirectory()))
+            self._engine = self.enter_context(
+                EngineProcess("stock", self._options, folder / "stock.log", self._environment)
+            )
+        common = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+        sampling = [{**common, "max_tokens": length} for length in lengths]
+        return [answer.token_ids for answer in self._engine.generate(prefixes, sampling)]

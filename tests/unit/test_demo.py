@@ -4,10 +4,13 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tests.support.models import tiny_llama
+from vllm_hidden_transfer.bench.identity import Finding, Judgement, Verdict
 from vllm_hidden_transfer.evaluation.charts import per_depth_png, per_depth_table
 from vllm_hidden_transfer.evaluation.demo import (
     Answers,
@@ -15,12 +18,14 @@ from vllm_hidden_transfer.evaluation.demo import (
     Question,
     Settings,
     banner,
-    first_difference,
+    end_tokens,
+    judge_answers,
     per_depth_rates,
     read_questions,
     result_table,
     run_demo,
     tokens_per_second,
+    verdict_lines,
 )
 from vllm_hidden_transfer.evaluation.engine_process import Generation, SpecCounters
 from vllm_hidden_transfer.evaluation.machine import parse_cpuinfo
@@ -30,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def _generation(token_ids: list[int], steps: list[int], seconds: float) -> Generation:
     return Generation(
-        prompt_tokens=3,
+        prompt_ids=[7, 8, 9],
         token_ids=token_ids,
         step_seconds=[seconds * (at + 1) / len(steps) for at in range(len(steps))],
         step_tokens=steps,
@@ -69,13 +74,57 @@ def test_the_table_shows_each_kind_and_all() -> None:
     assert "code" in table
 
 
-@pytest.mark.parametrize(
-    ("hidden_ids", "position"), [([1, 2, 9, 4, 5], 2), ([1, 2, 3], 3), ([9, 2, 3, 4, 5], 0)]
-)
-def test_a_difference_is_found_where_it_begins(hidden_ids: list[int], position: int) -> None:
-    answers = _answers("chat", hidden_ids)
-    assert not answers.identical
-    assert first_difference(answers) == position
+def _found(*verdicts: Verdict, **finding: Any) -> Judgement:
+    numbers = {"gap": 0.031, "behind": 0.031, "spread": 0.062, "bound": 0.062}
+    findings = tuple(
+        Finding(prompt, 2, 3, 9, **numbers, verdict=verdict)
+        for prompt, verdict in enumerate(verdicts)
+        if verdict is not Verdict.IDENTICAL
+    )
+    return Judgement(verdicts, findings)
+
+
+def test_identical_texts_are_said_in_one_line() -> None:
+    answers = [_answers("chat"), _answers("code")]
+    found = _found(Verdict.IDENTICAL, Verdict.IDENTICAL)
+    assert verdict_lines(found, answers, "float32") == ["identical: 2 of 2"]
+
+
+def test_where_texts_part_the_three_counts_are_said_with_gap_and_spread() -> None:
+    answers = [_answers("chat"), _answers("code"), _answers("editing")]
+    found = _found(Verdict.IDENTICAL, Verdict.ROUNDING, Verdict.WRONG)
+    counts, rounding, wrong, note = verdict_lines(found, answers, "bfloat16")
+    assert counts == "identical: 1, rounding: 1, wrong: 1 of 3"
+    assert rounding == "  code-1, prompt 1, token 2: 9 for 3: gap 0.031, spread 0.062: rounding"
+    assert wrong.startswith("  editing-1")
+    assert "bfloat16" in note
+
+
+class FakePlain:
+    """Continues every prefix by the same tokens."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.asked = tokens, []
+
+    def generate(self, prefixes: list[list[int]], sampling: list[dict[str, Any]]) -> list[Any]:
+        self.asked.append((prefixes, sampling))
+        return [_generation(self.tokens, [1], 1.0) for _ in prefixes]
+
+
+@pytest.mark.parametrize(("tested", "wrong"), [([1, 9, 9, 9], True), ([1, 2, 3, 0], False)])
+def test_the_answers_are_judged_to_the_end_token(
+    tested: list[int], wrong: bool, tmp_path: Path
+) -> None:
+    """A random target's second best token with a gap that fp32 cannot move, and the very text."""
+    tiny_llama(16).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    assert {0, 5} <= end_tokens(tmp_path)
+    plain, hidden = _generation([1, 2, 3, 0], [1] * 4, 1.0), _generation(tested, [4], 1.0)
+    answers = [Answers(Question("a", "chat", "?"), plain, hidden)]
+    engine = FakePlain([])
+    found = judge_answers(answers, engine, _settings(tmp_path))
+    assert bool(found.wrong) == wrong
+    assert engine.asked == []
 
 
 def test_per_depth_acceptance_is_a_share_of_the_passes_with_drafts() -> None:
@@ -116,18 +165,22 @@ def test_a_broken_prompt_file_is_refused(content: str, tmp_path: Path) -> None:
         read_questions(tmp_path / "nowhere.jsonl")
 
 
-def test_missing_maps_are_named_before_anything_starts(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    settings = Settings(
-        target=tmp_path,
-        checkpoint=tmp_path / "hidden_transfer",
-        prompts=tmp_path / "prompts.jsonl",
-        output=tmp_path / "out",
+def _settings(folder: Path) -> Settings:
+    return Settings(
+        target=folder,
+        checkpoint=folder / "hidden_transfer",
+        prompts=folder / "prompts.jsonl",
+        output=folder / "out",
         budget=None,
-        max_tokens=4,
+        max_tokens=8,
         eager=True,
         command="demo",
     )
+
+
+def test_missing_maps_are_named_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    settings = _settings(tmp_path)
     with pytest.raises(DemoError, match="no transfer maps in"):
         run_demo(settings, Console(file=io.StringIO()))
     assert not settings.output.exists()

@@ -19,7 +19,7 @@ from vllm_hidden_transfer.evaluation.engine_process import (
 
 def _generation(step_tokens: list[int]) -> Generation:
     return Generation(
-        prompt_tokens=5,
+        prompt_ids=[1] * 5,
         token_ids=list(range(sum(step_tokens))),
         step_seconds=[0.5 + step for step in range(len(step_tokens))],
         step_tokens=step_tokens,

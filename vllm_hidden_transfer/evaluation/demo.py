@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, Verdict, judge
 from vllm_hidden_transfer.config import TransferConfig
 from vllm_hidden_transfer.evaluation.charts import per_depth_png, per_depth_table
 from vllm_hidden_transfer.evaluation.engine_process import (
@@ -39,12 +40,17 @@ from vllm_hidden_transfer.evaluation.engine_process import (
     acceptance_length,
     spec_counters,
 )
-from vllm_hidden_transfer.evaluation.machine import Machine, this_machine
+from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.options import DemoDtype
 
 PLAIN = "no speculation"
 HIDDEN = "hidden transfer"
 WARM_UP = "Count from one to ten."
 WARM_UP_TOKENS = 24
+DTYPE_NOTES: dict[DemoDtype, str] = {
+    "float32": "both sides must give the same text, word for word (--dtype bfloat16 for the other)",
+    "bfloat16": "texts may part where two tokens tie within its rounding, and each such place is judged",
+}
 
 
 class DemoError(Exception):
@@ -66,10 +72,6 @@ class Answers:
     plain: Generation
     hidden: Generation
 
-    @property
-    def identical(self) -> bool:
-        return self.plain.token_ids == self.hidden.token_ids
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -81,6 +83,7 @@ class Settings:
     max_tokens: int
     eager: bool
     command: str
+    dtype: DemoDtype = "float32"
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -122,11 +125,45 @@ def banner(log: str) -> str:
     return found.group() if found else ""
 
 
-def first_difference(answers: Answers) -> int:
-    """The first output position at which the two sides differ."""
-    pairs = zip(answers.plain.token_ids, answers.hidden.token_ids, strict=False)
-    shorter = min(len(answers.plain.token_ids), len(answers.hidden.token_ids))
-    return next((at for at, (left, right) in enumerate(pairs) if left != right), shorter)
+def end_tokens(target: Path) -> set[int]:
+    """Token ids that end an answer of this target, as its configurations say."""
+    ends: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = target / name
+        said = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        ends.update(said if isinstance(said, list) else [] if said is None else [said])
+    return ends
+
+
+def judge_answers(
+    answers: Sequence[Answers], plain: EngineProcess, settings: Settings
+) -> Judgement:
+    """Judge hidden transfer's answers; where one parts by rounding, the plain side answers the rest again."""
+
+    def ask(prefixes: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        sampling = [{"temperature": 0.0, "max_tokens": length} for length in lengths]
+        return [answer.token_ids for answer in plain.generate(prefixes, sampling)]
+
+    return judge(
+        [answer.plain.prompt_ids for answer in answers],
+        [answer.plain.token_ids for answer in answers],
+        [answer.hidden.token_ids for answer in answers],
+        TransformersReference(settings.target, settings.dtype),
+        ask,
+        limits=[settings.max_tokens] * len(answers),
+        ends=end_tokens(settings.target),
+    )
+
+
+def verdict_lines(found: Judgement, answers: Sequence[Answers], dtype: DemoDtype) -> list[str]:
+    """What the judge says: one line where all is word for word the same, else each place where texts part."""
+    identical, total = found.count(Verdict.IDENTICAL), len(answers)
+    if identical == total:
+        return [f"identical: {identical} of {total}"]
+    counts = ", ".join(f"{verdict}: {found.count(verdict)}" for verdict in Verdict)
+    places = [f"  {answers[one.prompt].question.id}, {one}" for one in found.findings]
+    note = f"(rounding: two tokens that tie within what {dtype} itself moves; the text goes on as without speculation)"
+    return [f"{counts} of {total}", *places, note]
 
 
 def result_table(answers: Sequence[Answers]) -> Table:
@@ -231,11 +268,11 @@ class _Screen:
 
 
 def _start(
-    settings: Settings, machine: Machine, threads: str, console: Console, stack: ExitStack
+    settings: Settings, threads: str, console: Console, stack: ExitStack
 ) -> dict[str, EngineProcess]:
     common: dict[str, Any] = {
         "model": str(settings.target),
-        "dtype": machine.dtype,
+        "dtype": settings.dtype,
         "kv_cache_memory_bytes": 512 << 20,
         "max_model_len": 2048,
         "max_num_seqs": 8,
@@ -291,23 +328,18 @@ def _ask_all(
 
 def _report(
     answers: Sequence[Answers],
+    found: Judgement,
     counters: SpecCounters,
     settings: Settings,
     console: Console,
 ) -> None:
     hidden = [answer.hidden for answer in answers]
     passes = sum(generation.passes for generation in hidden)
-    identical = sum(answer.identical for answer in answers)
     console.print(result_table(answers))
-    console.print(
-        f"identical: {identical} of {len(answers)}",
-        style="bold green" if identical == len(answers) else "bold red",
-    )
-    for answer in answers:
-        if not answer.identical:
-            console.print(
-                f"  {answer.question.id} differs from output token {first_difference(answer)}"
-            )
+    verdict, *rest = verdict_lines(found, answers, settings.dtype)
+    console.print(verdict, style="bold red" if found.wrong else "bold green")
+    for line in rest:
+        console.print(line, soft_wrap=True)
     console.print(
         f"{passes} decode passes for {sum(g.decoded for g in hidden)} tokens; vLLM's own counters: "
         f"{counters.drafts} drafts of {counters.draft_tokens} tokens, "
@@ -324,7 +356,7 @@ def _report(
 
 
 def run_demo(settings: Settings, console: Console) -> None:
-    """Show it all; raises DemoError where something is missing or the texts differ."""
+    """Show it all; raises DemoError where something is missing or a text is wrong."""
     start = time.monotonic()
     for what, folder in (("target", settings.target), ("transfer maps", settings.checkpoint)):
         if not (folder / "config.json").is_file():
@@ -335,9 +367,9 @@ def run_demo(settings: Settings, console: Console) -> None:
     questions = read_questions(settings.prompts)
     machine = this_machine()
     threads = os.environ.get("OMP_NUM_THREADS", str(machine.cores))
-    console.print(f"dtype {machine.dtype}, because {machine.dtype_reason}", soft_wrap=True)
+    console.print(f"dtype {settings.dtype}: {DTYPE_NOTES[settings.dtype]}", soft_wrap=True)
     with ExitStack() as stack:
-        engines = _start(settings, machine, threads, console, stack)
+        engines = _start(settings, threads, console, stack)
         console.print(banner(engines[HIDDEN].log.read_text()), soft_wrap=True)
         before = spec_counters(engines[HIDDEN].metrics())
         answers = _ask_all(engines, questions, settings.max_tokens, console)
@@ -345,13 +377,14 @@ def run_demo(settings: Settings, console: Console) -> None:
         if counters.drafts == 0:
             raise DemoError(f"vLLM counted no drafts: see {engines[HIDDEN].log}.")
         vllm_version = engines[HIDDEN].vllm_version
-    _report(answers, counters, settings, console)
+        found = judge_answers(answers, engines[PLAIN], settings)
+    _report(answers, found, counters, settings, console)
     console.print(
         f"$ {settings.command}\n{machine}, {threads} threads, "
-        f"vLLM {vllm_version}, {machine.dtype}, {'both eager' if settings.eager else 'both compiled'}, "
+        f"vLLM {vllm_version}, {settings.dtype}, {'both eager' if settings.eager else 'both compiled'}, "
         f"{time.monotonic() - start:.0f} s in all",
         soft_wrap=True,
     )
-    different = [answer.question.id for answer in answers if not answer.identical]
-    if different:
-        raise DemoError(f"The two sides differ on {', '.join(different)}, which must not happen.")
+    wrong = [answers[one.prompt].question.id for one in found.wrong]
+    if wrong:
+        raise DemoError(f"The two sides differ on {', '.join(wrong)}, which must not happen.")

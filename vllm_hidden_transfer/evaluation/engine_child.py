@@ -42,7 +42,7 @@ class _Engine:
         sampling: list[dict[str, Any]],
         wait: Callable[[], object] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Answer all prompts as one batch: first their lengths, then what every engine step brought.
+        """Answer all prompts as one batch: first their token ids, then what every engine step brought.
 
         `wait` is called before each step."""
         from vllm import SamplingParams, TokensPrompt
@@ -51,7 +51,7 @@ class _Engine:
         engine = self._llm.llm_engine
         index_of: dict[str, int] = {}
         ids = [self._token_ids(prompt) for prompt in prompts]
-        yield {"event": "start", "prompt_tokens": [len(prompt) for prompt in ids]}
+        yield {"event": "start", "prompt_ids": ids}
         start = time.perf_counter()
         for index, (prompt, parameters) in enumerate(zip(ids, sampling, strict=True)):
             params = SamplingParams(**parameters, output_kind=RequestOutputKind.DELTA)

@@ -47,7 +47,7 @@ class EngineDiedError(RuntimeError):
 class Generation:
     """One request's answer and when its tokens came."""
 
-    prompt_tokens: int
+    prompt_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
@@ -209,9 +209,7 @@ class EngineProcess:
         self.wait_ready()
         each = [sampling] * len(prompts) if isinstance(sampling, Mapping) else list(sampling)
         self._send_prompts(prompts, each, stepwise=False)
-        generations = [
-            Generation(prompt_tokens=count) for count in self._receive(timeout)["prompt_tokens"]
-        ]
+        generations = [Generation(prompt_ids=ids) for ids in self._receive(timeout)["prompt_ids"]]
         while (reply := self._receive(timeout))["event"] != "done":
             for index, token_ids, text, finish_reason in reply["outputs"]:
                 generation = generations[index]

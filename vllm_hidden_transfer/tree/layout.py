@@ -2,11 +2,11 @@
 """Path decomposition: a batch of trees as plain causal sequences over a paged KV cache.
 
 Every run of a tree (see ``TokenTree.run_starts``) becomes a sequence of its own, whose queries are the run's rows
-and whose keys are the prefix and the run's ancestors. An ordinary causal kernel then computes tree attention, row by
-row as it computes decoding without speculation. A first run lies in the request's own blocks; any other run
-reads the prefix from the request's full blocks and continues in scratch blocks, whose first is a copy of the
-request's partial block. Rows of nodes that were cut after they had been scheduled are a sequence too, which sees
-itself only. numpy only, no vLLM; no loop over requests, because this runs in every step.
+and whose keys are the prefix and the run's ancestors. An ordinary causal kernel then computes tree attention as it
+computes decoding without speculation, up to how it adds for another number of rows. A first run lies in the request's
+own blocks; any other run reads the prefix from the request's full blocks and continues in scratch blocks, whose first
+is a copy of the request's partial block. Rows of nodes that were cut after they had been scheduled are a sequence too,
+which sees itself only. numpy only, no vLLM; no loop over requests, because this runs in every step.
 """
 
 from __future__ import annotations
