@@ -277,7 +277,8 @@ def run(minutes: float, clients: int, prompts: int, folder: Path) -> dict[str, A
 
 def _sort_out(tally: Tally, load: Load, target: Path) -> tuple[list[Any], list[Any]]:
     """Ties with their gap, and real mismatches."""
-    ties, mismatches = [], []
+    ties: list[Any] = []
+    mismatches: list[Any] = []
     for found in tally.mismatches:
         number, place = found["prompt"], found["place"]
         gap = 1.0

@@ -78,8 +78,9 @@ class Recorder:
         elif report.skipped:
             self._write(item, SKIPPED)
         elif report.when == "call":
-            noted = {name: value for name, value in item.user_properties if name in NOTED}
-            self._write(item, **{"outcome": WORKS, **noted})
+            noted: dict[str, Any] = {"outcome": WORKS}
+            noted.update((name, value) for name, value in item.user_properties if name in NOTED)
+            self._write(item, **noted)
         return report
 
     def _write(self, item: pytest.Item, outcome: str, **noted: Any) -> None:
