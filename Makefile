@@ -37,7 +37,7 @@ test: lint target ## all checks but the slow rows of the feature matrix
 matrix: target ## the whole feature matrix (slow)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not gpu" --durations=30
 
-scope: setup ## the README's scope table, from what `make matrix` recorded
+scope: setup ## the scope table of docs/compatibility.md, from what the tests recorded
 	$(BIN)/python -m tests.matrix.table
 
 soak: target ## a server under load and faults for 30 minutes

@@ -19,6 +19,13 @@ import pytest
 pytest.register_assert_rewrite("tests.support.engines")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What becomes of every case of the feature matrix is recorded, in any run of the tests."""
+    from tests.matrix.record import FOLDER, Recorder
+
+    config.pluginmanager.register(Recorder(FOLDER))
+
+
 @pytest.fixture(scope="session")
 def random_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random 8-layer Llama, standard deviation 0.12, untied."""

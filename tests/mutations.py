@@ -2,16 +2,19 @@
 """Planted errors, each of which a named test must catch: ``make mutations`` or ``python -m tests.mutations [NAME]``.
 
 Every error is planted in a copy of the sources, and its test is run there. An error that survives is a hole in the
-tests, and ends the command with status 1.
+tests, and ends the command with status 1. Before any error is planted, all the tests are run on a copy without one: a
+test that fails there catches nothing, so nothing is reported then.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +37,7 @@ V2_GREEDY = "tests/engine/v2/test_identity.py::test_greedy[async-float32]"
 V2_SEEDED = "tests/engine/v2/test_identity.py::test_a_seed_gives_the_text_of_no_speculation[async]"
 V2_DRAFTS = "tests/engine/v2/test_transfer.py::test_drafts_are_those_of_v1"
 V2_TENSORS = "tests/unit/test_tree_tensors.py"
+REQUESTS = "tests/engine/test_draft_requests.py"
 ENUMERATION = "tests/statistics/test_enumeration.py"
 
 
@@ -177,6 +181,57 @@ MUTATIONS = (
         ENUMERATION,
     ),
     Mutation(
+        "calibration ignored",
+        "engine/transfer_source.py",
+        (
+            (
+                "list(self.config.calibration.temperatures)",
+                "[1.0] * self.config.num_transfer_steps",
+            ),
+        ),
+        f"{REQUESTS}::test_trees_are_the_best_under_the_calibration",
+    ),
+    Mutation(
+        "one scratch block for the draft rows of all",
+        "engine/transfer_source.py",
+        (("= next(scratch)", "= runner.store.scratch[0]"),),
+        f"{REQUESTS}::test_rows_without_a_block_are_the_requests_own",
+    ),
+    Mutation(
+        "one request's blocks for the draft rows of all",
+        "engine/transfer_source.py",
+        (("table.block_table.np[row, :allocated]", "table.block_table.np[0, :allocated]"),),
+        f"{REQUESTS}::test_drafts_are_made_with_the_requests_adapter",
+    ),
+    Mutation(
+        "the first request's adapter for the draft rows of all",
+        "engine/runner.py",
+        (
+            (
+                "counts[batch_rows] = rows_each",
+                "counts[batch_rows[0]] = rows_each * len(batch_rows)",
+            ),
+        ),
+        f"{REQUESTS}::test_drafts_are_made_with_the_requests_adapter",
+    ),
+    Mutation(
+        "trees of finished requests kept",
+        "engine/runner.py",
+        (("        self.trees.pop(req_id, None)\n", ""),),
+        "tests/engine/test_trees_of_requests.py::test_nothing_is_kept_of_requests_that_are_gone",
+    ),
+    Mutation(
+        "whole trees under a grammar",
+        "engine/runner.py",
+        (
+            (
+                "return tree if params.structured_outputs is None else limit_runs(tree, 1)",
+                "return tree",
+            ),
+        ),
+        "tests/engine/test_trees_of_requests.py::test_a_request_with_a_grammar_gets_a_chain",
+    ),
+    Mutation(
         "V2: positions stay linear",
         "engine/v2/slots.py",
         (("[batch.expanded_idx_mapping, rows] - rows", "[batch.expanded_idx_mapping, rows] * 0"),),
@@ -226,11 +281,15 @@ MUTATIONS = (
 )
 
 
-def plant(mutation: Mutation, folder: Path) -> None:
-    """Copy the sources to a folder and plant the error there."""
-    for name in (PACKAGE, "tests", "examples"):
+def copy_sources(folder: Path) -> None:
+    """Copy what the tests need to a folder."""
+    for name in (PACKAGE, "tests", "examples", "benchmarks", "docs", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def plant(mutation: Mutation, folder: Path) -> None:
+    """Plant the error in the sources in a folder."""
     path = folder / PACKAGE / mutation.file
     text = path.read_text()
     for before, after in mutation.changes:
@@ -242,32 +301,63 @@ def plant(mutation: Mutation, folder: Path) -> None:
     path.write_text(text)
 
 
-def is_caught(mutation: Mutation) -> tuple[bool, str]:
-    """Whether the named test fails, and its last line."""
+@dataclass(frozen=True)
+class Outcome:
+    """How tests ended."""
+
+    status: int
+    """pytest's exit status."""
+    output: str
+
+    @property
+    def passed(self) -> bool:
+        """All were run, and none failed."""
+        return self.status == 0
+
+    @property
+    def failed(self) -> bool:
+        """Tests failed. A crash counts too; a wrong name of a test or an interrupt does not."""
+        return self.status not in (0, 2, 3, 4, 5)
+
+    @property
+    def last_line(self) -> str:
+        """pytest's summary."""
+        return (self.output.strip().splitlines() or ["no output"])[-1]
+
+
+def run_tests(tests: Sequence[str], folder: Path) -> Outcome:
+    """Run tests on the sources in a folder, up to the first failure."""
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+    # In the copy, so that its package comes before the installed one and before that of an outer PYTHONPATH.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout)
+
+
+def control(mutations: Sequence[Mutation], root: Path) -> Outcome:
+    """All tests of these mutations, each once, on sources without an error.
+
+    Args:
+        mutations: those whose tests are run.
+        root: an empty folder for the copy.
+    """
+    copy_sources(root)
+    return run_tests(sorted({mutation.test for mutation in mutations}), root)
+
+
+def catch(mutation: Mutation) -> Outcome:
+    """The mutation's test on sources with its error."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        copy_sources(folder)
         plant(mutation, folder)
-        # Run in the copy, so that its package comes before the installed one.
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-x",
-                "-q",
-                "--tb=no",
-                "-p",
-                "no:cacheprovider",
-                mutation.test,
-            ],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    lines = done.stdout.strip().splitlines() or ["no output"]
-    # 1: tests failed. A crash counts too, a wrong name of a test does not.
-    return done.returncode not in (0, 2, 3, 4, 5), lines[-1]
+        return run_tests([mutation.test], folder)
 
 
 def main(
@@ -275,20 +365,32 @@ def main(
 ) -> None:
     """Plant every error and report which test caught it."""
     chosen = [mutation for mutation in MUTATIONS if not names or mutation.name in names]
+    console = Console(width=160)
+    unknown = sorted({*(names or ())} - {mutation.name for mutation in MUTATIONS})
+    if unknown:
+        console.print(f"no such error: {', '.join(unknown)}")
+        raise typer.Exit(1)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = control(chosen, Path(folder))
+    console.print(f"no error planted: {plain.last_line}", highlight=False)
+    if not plain.passed:
+        console.print(plain.output, markup=False, highlight=False)
+        console.print("the tests fail without an error: nothing that they catch means anything")
+        raise typer.Exit(1)
     table = Table("planted error", "caught", "by", "s")
     survived = []
-    console = Console(width=160)
     for mutation in chosen:
         started = time.monotonic()
-        caught, last = is_caught(mutation)
+        found = catch(mutation)
         seconds = time.monotonic() - started
-        console.print(f"{mutation.name}: {last}", highlight=False)
-        table.add_row(mutation.name, "yes" if caught else "NO", mutation.test, f"{seconds:.0f}")
-        if not caught:
+        console.print(f"{mutation.name}: {found.last_line}", highlight=False)
+        caught = "yes" if found.failed else "NO"
+        table.add_row(mutation.name, caught, mutation.test, f"{seconds:.0f}")
+        if not found.failed:
             survived.append(mutation.name)
     console.print(table)
-    if survived or not chosen:
-        console.print(f"survived: {', '.join(survived) or 'no such error'}")
+    if survived:
+        console.print(f"survived: {', '.join(survived)}")
         raise typer.Exit(1)
 
 

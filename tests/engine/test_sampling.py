@@ -48,7 +48,11 @@ def seeded(llm: Any, prompts: list[list[int]], batched: bool = True, **sampling:
     return Texts(prompts, outputs)
 
 
-PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.2,
+    "presence_penalty": 0.3,
+    "frequency_penalty": 0.2,
+}
 
 
 def test_a_seed_gives_the_text_of_no_speculation(random_target: Path, tmp_path: Path) -> None:

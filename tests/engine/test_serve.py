@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.matrix.record import record
 from tests.support.engines import engine
 from tests.support.servers import SMALL, VLLM, chat, metric, serve
 
@@ -49,6 +48,7 @@ def answers(demo_target: Path) -> list[str]:
         for index, way in enumerate(WAYS)
     ],
 )
+@pytest.mark.scope("way", "vllm serve")
 def test_the_same_text(
     way: list[str], answers: list[str], demo_target: Path, tmp_path: Path
 ) -> None:
@@ -73,7 +73,6 @@ def test_the_same_text(
         "CPU_ATTN",
     ):
         assert word in banner[0]
-    record("way", "vllm serve", "works")
 
 
 def test_a_refusal_is_one_sentence(random_target: Path, tmp_path: Path) -> None:
@@ -118,15 +117,16 @@ SIZES = {
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("bench", SIZES)
+@pytest.mark.scope("way", "vllm bench")
 def test_vllm_bench(bench: str, demo_target: Path, tmp_path: Path) -> None:
     target = ["--model", str(demo_target), "--dtype", "float32", *SMALL]
     way = ["--speculative-model", "hidden_transfer"]
     printed = run_bench(bench, *target, *way, *SIZES[bench].split(), cwd=tmp_path)
     assert "hidden_transfer is on" in printed
-    record("way", "vllm bench", "works")
 
 
 @pytest.mark.matrix
+@pytest.mark.scope("way", "vllm bench")
 def test_vllm_bench_serve(demo_target: Path, tmp_path: Path) -> None:
     way = ["--dtype", "float32", "--speculative-model", "hidden_transfer"]
     with serve(demo_target, *way, log=tmp_path / "on.log") as url:

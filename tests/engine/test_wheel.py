@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from tests.matrix.record import record
 from tests.support.servers import chat, metric, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix, pytest.mark.timeout(1500)]
@@ -30,6 +29,7 @@ def set_up_script() -> Any:
     return module
 
 
+@pytest.mark.scope("way", "vllm serve, from the built wheel")
 def test_the_wheel_serves(demo_target: Path, tmp_path: Path) -> None:
     uv = str(Path(sys.executable).with_name("uv"))
     pip = subprocess.run(
@@ -59,4 +59,3 @@ def test_the_wheel_serves(demo_target: Path, tmp_path: Path) -> None:
             drafts = metric(url, "vllm:spec_decode_num_drafts_total")
     assert texts[0] == texts[1]
     assert drafts > 0
-    record("way", "vllm serve, from the built wheel", "works")

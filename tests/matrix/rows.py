@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is asked: request features (rows) and engine features (settings) of the feature matrix.
 
-The scope table of the README is made from these lists and from what the suite recorded
-(``scripts/scope_table.py``), so a row's title is what users read.
+The scope table of ``docs/compatibility.md`` is made from these lists and from what the suite recorded
+(``tests/matrix/table.py``), so a row's title is what users read.
 """
 
 from __future__ import annotations

@@ -1,30 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's scope table, from what the feature matrix recorded: ``make scope`` after ``make matrix``.
+"""The scope table, from what the feature matrix recorded: ``make scope`` after ``make matrix``.
 
-Results go from ``work/matrix/`` into ``benchmarks/feature_matrix.json``, and from there into the README between two
-marks. A case that was declared but not recorded stands there as "not run".
+Results go from ``work/matrix/`` into ``benchmarks/feature_matrix.json``, and from there into ``docs/compatibility.md``
+between two marks. A case that was declared but not recorded stands there as "not run", one that failed in its last run
+as "fails", and each row says which run it was in: a commit on a CPU.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.record import FOLDER
+from tests.matrix.record import DID_NOT_END, FAILS, FOLDER, SKIPPED
 from tests.matrix.rows import BY_NAME
 from tests.matrix.settings import SETTINGS
 from tests.matrix.test_families import REFUSED, WORKING
 from tests.matrix.test_refusals import REFUSALS
-from vllm_hidden_transfer.evaluation.machine import this_machine
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "compatibility.md"
 RESULTS = ROOT / "benchmarks" / "feature_matrix.json"
 BEGIN, END = "<!-- scope table: begin (make scope) -->", "<!-- scope table: end -->"
 
-Found = dict[str, dict[str, Any]]
+Case = dict[str, Any]
+Found = dict[str, Case]
 
 UNDER_V2 = {
     "greedy, fp32 and bf16, async scheduling on and off": [
@@ -43,123 +45,184 @@ UNDER_V2 = {
 """What the tests under V2 record, by the table's row."""
 
 
-def collect() -> Found:
-    """What is in ``work/matrix/``, by case."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+NOT_RUN = "not run"
+UNCLAIMED = (FAILS, DID_NOT_END, NOT_RUN, SKIPPED)
+"""Outcomes that claim nothing, the worst first."""
+
+
+def collect(folder: Path = FOLDER) -> Found:
+    """What is in ``work/matrix/``, by case: of several tests of one case the worst outcome, then the oldest."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found: Found = {}
+    for record in sorted(records, key=lambda record: (_rank(record["outcome"]), record["date"])):
+        found.setdefault(f"{record['setting']}-{record['row']}", record)
+    return found
+
+
+def _rank(outcome: str) -> int:
+    return UNCLAIMED.index(outcome) if outcome in UNCLAIMED else len(UNCLAIMED)
+
+
+def _run_of(case: Case) -> tuple[str, str]:
+    """Commit and CPU."""
+    return case.get("commit", "not recorded"), case.get("cpu", "not recorded")
 
 
 def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _case(found: Found, setting: str, row: str) -> tuple[str, str]:
-    """Outcome and acceptance length of one case."""
-    case = found.get(f"{setting}-{row}")
-    if case is None:
-        return "not run", ""
-    length = case.get("acceptance_length")
-    return case["outcome"], "" if length is None else f"{length:.1f}"
+@dataclass(frozen=True)
+class Cells:
+    """What a row of the table says of its cases."""
+
+    outcome: str
+    length: str = ""
+    """Acceptance length."""
+    run: str = ""
+    """Number of the run; several where the cases were not run together."""
+    sentence: str = ""
+    """What a refusal says."""
+
+    def line(self, title: str, note: str = "") -> str:
+        """The row."""
+        claimed = (
+            self.outcome if self.outcome not in (FAILS, DID_NOT_END) else f"**{self.outcome}**"
+        )
+        return _line(title, claimed, self.length, self.run, note)
 
 
-def _together(cases: list[tuple[str, str]]) -> tuple[str, str]:
-    """One outcome and the least acceptance length of several cases."""
-    outcomes = {outcome for outcome, _ in cases if outcome != "falls back"}
-    outcome = outcomes.pop() if len(outcomes) == 1 else "not run"
-    lengths = [length for _, length in cases if length and float(length) > 1]
-    return outcome, min(lengths, key=float, default="")
+class Results:
+    """The recorded cases, and the runs they were in: all cases of a commit on a kind of CPU, the newest first."""
 
+    def __init__(self, found: Found) -> None:
+        self._found = found
+        dates: dict[tuple[str, str], set[str]] = {}
+        for case in found.values():
+            dates.setdefault(_run_of(case), set()).add(case.get("date", ""))
+        self._runs = sorted(dates, key=lambda run: max(dates[run]), reverse=True)
+        self._dates = dates
 
-def _requests(found: Found) -> Iterator[str]:
-    default = next(setting for setting in SETTINGS if setting.name == "default")
-    for name in default.rows:
-        row = BY_NAME[name]
-        yield _line(row.title, *_case(found, "default", name), row.note)
-    yield _line("detokenised streaming", *_case(found, "default", "streamed"), "")
+    def runs(self) -> list[str]:
+        """A line for each run, in the order of their numbers."""
+        lines = []
+        for number, (commit, cpu) in enumerate(self._runs, start=1):
+            days = sorted({date[:10] or "day not recorded" for date in self._dates[commit, cpu]})
+            when = " to ".join(dict.fromkeys((days[0], days[-1])))
+            lines.append(f"{number}. commit {commit}, {cpu}, {when}")
+        return lines
 
+    def one(self, setting: str, row: str) -> Cells:
+        """One case."""
+        case = self._found.get(f"{setting}-{row}")
+        if case is None:
+            return Cells(NOT_RUN)
+        length = case.get("acceptance_length")
+        return Cells(
+            case["outcome"],
+            "" if length is None else f"{length:.1f}",
+            str(self._runs.index(_run_of(case)) + 1),
+            case.get("sentence", ""),
+        )
 
-def _engines(found: Found) -> Iterator[str]:
-    for setting in SETTINGS:
-        cases = [_case(found, setting.name, row) for row in setting.rows]
-        asked = [BY_NAME[row].title for row in setting.rows]
-        what = "all of the above" if len(asked) > 8 else "; ".join(asked)
-        yield _line(
-            setting.title,
-            *_together(cases),
-            f"asked with: {what}" + (f". {setting.note}" if setting.note else ""),
+    def together(self, setting: str, rows: Sequence[str]) -> Cells:
+        """The worst outcome and the least acceptance length of several cases; one that fell back says nothing."""
+        cases = [self.one(setting, row) for row in rows]
+        outcomes = [case.outcome for case in cases if case.outcome != "falls back"]
+        lengths = [case.length for case in cases if case.length and float(case.length) > 1]
+        return Cells(
+            min(outcomes, key=_rank, default=NOT_RUN),
+            min(lengths, key=float, default=""),
+            ", ".join(sorted({case.run for case in cases} - {""})),
         )
 
 
-def _ways_in(found: Found) -> Iterator[str]:
-    yield _line("`LLM`", *_case(found, "default", "greedy"), "everything above")
-    yield _line("`AsyncLLM`", *_case(found, "async_llm", "greedy"), "")
+def _requests(results: Results) -> Iterator[str]:
+    default = next(setting for setting in SETTINGS if setting.name == "default")
+    for name in default.rows:
+        row = BY_NAME[name]
+        yield results.one("default", name).line(row.title, row.note)
+    yield results.one("default", "streamed").line("detokenised streaming")
+
+
+def _engines(results: Results) -> Iterator[str]:
+    for setting in SETTINGS:
+        asked = [BY_NAME[row].title for row in setting.rows]
+        what = "all of the above" if len(asked) > 8 else "; ".join(asked)
+        note = f"asked with: {what}" + (f". {setting.note}" if setting.note else "")
+        yield results.together(setting.name, setting.rows).line(setting.title, note)
+
+
+def _ways_in(results: Results) -> Iterator[str]:
+    yield results.one("default", "greedy").line("`LLM`", "everything above")
+    yield results.one("async_llm", "greedy").line("`AsyncLLM`")
     for way in ("vllm serve", "vllm serve, from the built wheel", "vllm bench"):
-        yield _line(f"`{way}`", *_case(found, "way", way), "")
+        yield results.one("way", way).line(f"`{way}`")
 
 
-def _runners(found: Found) -> Iterator[str]:
-    yield _line("V1 on a CPU", *_case(found, "default", "greedy"), "everything above")
+def _runners(results: Results) -> Iterator[str]:
+    yield results.one("default", "greedy").line("V1 on a CPU", "everything above")
     for title, names in UNDER_V2.items():
-        cases = [_case(found, "v2", name) for name in names]
         note = "on a CPU under Triton's interpreter; never ran on a GPU"
-        yield _line(f"V2: {title}", *_together(cases), note)
-    yield _line(
-        "V1 or V2 on a GPU", "not run", "", "refused: there is no tree attention for one yet"
+        yield results.together("v2", names).line(f"V2: {title}", note)
+    yield Cells(NOT_RUN).line(
+        "V1 or V2 on a GPU", "refused: there is no tree attention for one yet"
     )
 
 
-def _families(found: Found) -> Iterator[str]:
+def _families(results: Results) -> Iterator[str]:
     for family in WORKING:
-        yield _line(family, *_case(found, "family", family), "random checkpoint")
+        yield results.one("family", family).line(family, "random checkpoint")
     for family in REFUSED:
-        case = found.get(f"family-{family}", {})
-        yield _line(family, case.get("outcome", "not run"), "", case.get("sentence", ""))
+        cells = results.one("family", family)
+        yield cells.line(family, cells.sentence)
 
 
-def _refusals(found: Found) -> Iterator[str]:
+def _refusals(results: Results) -> Iterator[str]:
     for feature in REFUSALS:
-        case = found.get(f"refused-{feature}", {})
-        yield _line(feature, case.get("outcome", "not run"), "", case.get("sentence", ""))
+        cells = results.one("refused", feature)
+        yield cells.line(feature, cells.sentence)
 
 
-def render(results: dict[str, Any]) -> str:
+def render(found: Found) -> str:
     """The table as Markdown."""
-    found: Found = results["cases"]
+    results = Results(found)
     parts = {
-        "request features": _requests(found),
-        "engine features": _engines(found),
-        "ways in": _ways_in(found),
-        "model runners": _runners(found),
-        "model families": _families(found),
-        "refused when the configuration is checked": _refusals(found),
+        "request features": _requests(results),
+        "engine features": _engines(results),
+        "ways in": _ways_in(results),
+        "model runners": _runners(results),
+        "model families": _families(results),
+        "refused when the configuration is checked": _refusals(results),
     }
     lines = [
-        f"Executed, not claimed: cases of `make matrix` on {results['machine']}, fp32. *works*: token ids, text, "
-        "reasons to end, log-probabilities and ranks are those of the same vLLM without speculation. AL: acceptance "
-        "length with planted drafts of 16 nodes (8 to 16 under V2), which shows that trees took part; it says nothing "
-        "about real drafts.",
+        "Executed, not claimed: cases of `make matrix`, fp32 unless a row says otherwise. *works*: token ids, text, "
+        "reasons to end, log-probabilities and ranks are those of the same vLLM without speculation. **fails**: it did "
+        "not when it was last run. AL: acceptance length with planted drafts of 16 nodes (8 to 16 under V2), which "
+        'shows that trees took part; it says nothing about real drafts. "run" is one of these; 1 is the newest, and '
+        "what was last run in another was not run again since:",
+        "",
+        *results.runs(),
     ]
     for title, rows in parts.items():
-        lines += ["", _line(title, "with trees", "AL", "notes"), "|---|---|---|---|", *rows]
+        lines += ["", _line(title, "with trees", "AL", "run", "notes"), "|---|---|---|---|---|"]
+        lines += rows
     return "\n".join(lines)
 
 
-def with_table(readme: str, table: str) -> str:
-    """The README with the table between its marks."""
-    before, rest = readme.split(BEGIN)
+def with_table(page: str, table: str) -> str:
+    """The page with the table between its marks."""
+    before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
 def main() -> None:
-    """Merge what was recorded and write the README's table."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cases": {}}
-    new = collect()
-    if new:
-        machine = this_machine()
-        results["machine"] = str(machine)
-    results["cases"] = dict(sorted({**results["cases"], **new}.items()))
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    README.write_text(with_table(README.read_text(), render(results)))
+    """Merge what was recorded and write the table."""
+    found: Found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = dict(sorted({**found, **collect()}.items()))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(with_table(PAGE.read_text(), render(found)))
 
 
 if __name__ == "__main__":

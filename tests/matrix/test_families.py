@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.matrix.record import record
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import (
     acceptance_length,
@@ -42,7 +42,8 @@ def _marks(family: str) -> list[pytest.MarkDecorator]:
 @pytest.mark.parametrize(
     "family", [pytest.param(family, marks=_marks(family)) for family in WORKING]
 )
-def test_drafts_and_verifies_identically(family: str, tmp_path: Path) -> None:
+@pytest.mark.scope("family", "{family}")
+def test_drafts_and_verifies_identically(family: str, tmp_path: Path, record_property: Any) -> None:
     """Planted trees, which are accepted, and two-pass drafts of random maps, which are made by the real draft pass."""
     target = random_model(tmp_path / "target", family, layers=4)
     checkpoint = random_checkpoint(tmp_path / "maps", target, layer=2)
@@ -63,11 +64,12 @@ def test_drafts_and_verifies_identically(family: str, tmp_path: Path) -> None:
         counters = counters_of(llm)
     assert_identical(reference, texts, target, **options)
     assert counters.draft_tokens > counters.drafts > 0
-    record("family", family, "works", length)
+    record_property("acceptance_length", round(length, 2))
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_is_refused_in_one_sentence(family: str, tmp_path: Path) -> None:
+@pytest.mark.scope("family", "{family}")
+def test_is_refused_in_one_sentence(family: str, tmp_path: Path, record_property: Any) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     target = random_model(tmp_path / "target", family, layers=4)
@@ -81,4 +83,5 @@ def test_is_refused_in_one_sentence(family: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=REFUSED[family]) as refusal:
         args.create_engine_config()
     assert "\n" not in str(refusal.value)
-    record("family", family, "refused", sentence=str(refusal.value))
+    record_property("outcome", "refused")
+    record_property("sentence", str(refusal.value))

@@ -18,7 +18,6 @@ from unittest import mock
 
 import pytest
 
-from tests.matrix.record import record
 from tests.matrix.rows import BY_NAME, GREEDY, Row
 from tests.matrix.settings import SETTINGS, Setting
 from tests.support.answers import Answer, ask, assert_same
@@ -200,7 +199,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
 
 
 @pytest.mark.parametrize(("setting", "row"), [*cases()])
-def test_identical(setting: Setting, row: Row, pairs: Pairs) -> None:
+@pytest.mark.scope("{setting.name}", "{row.name}")
+def test_identical(setting: Setting, row: Row, pairs: Pairs, record_property: Any) -> None:
     if setting.needs and setting.needs not in this_machine().flags:
         pytest.skip(f"stock vLLM refuses it on a CPU without {setting.needs}")
     pair = pairs.of(setting)
@@ -219,7 +219,8 @@ def test_identical(setting: Setting, row: Row, pairs: Pairs) -> None:
         assert accepted == 0
     elif max(len(answer.token_ids) for answer in reference.answers) >= LONG_ENOUGH:
         assert length >= 2
-    record(setting.name, row.name, row.outcome, length)
+    record_property("outcome", row.outcome)
+    record_property("acceptance_length", round(length, 2))
 
 
 @pytest.mark.matrix
@@ -247,6 +248,7 @@ def test_real_drafts_with_adapters(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("default")
+@pytest.mark.scope("default", "streamed")
 def test_streamed_text(pairs: Pairs) -> None:
     """The pieces of detokenised text that a stream gives are the text of no speculation."""
     from vllm import SamplingParams
@@ -267,10 +269,10 @@ def test_streamed_text(pairs: Pairs) -> None:
             pieces += 1
     assert texts == [answer.text for answer in reference.answers]
     assert pieces < GREEDY["max_tokens"] * len(pair.prompts) / 2  # several tokens a piece
-    record("default", "streamed", "works")
 
 
 @pytest.mark.matrix
+@pytest.mark.scope("async_llm", "greedy")
 def test_async_llm(tmp_path: Path) -> None:
     """``AsyncLLM``, which ``vllm serve`` is built on, with requests that come and go."""
     from vllm import SamplingParams
@@ -307,4 +309,3 @@ def test_async_llm(tmp_path: Path) -> None:
     with mock.patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}):
         answers = asyncio.run(ask_all())
     assert answers == [answer.token_ids for answer in reference]
-    record("async_llm", "greedy", "works")

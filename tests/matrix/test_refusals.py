@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.matrix.record import record
 from tests.support.models import random_model
 
 pytestmark = pytest.mark.engine
@@ -40,7 +39,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("feature", REFUSALS)
-def test_is_refused_in_one_sentence(feature: str, target: Path) -> None:
+@pytest.mark.scope("refused", "{feature}")
+def test_is_refused_in_one_sentence(feature: str, target: Path, record_property: Any) -> None:
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -59,4 +59,5 @@ def test_is_refused_in_one_sentence(feature: str, target: Path) -> None:
     message = str(refusal.value)
     assert message.startswith("hidden_transfer does not work with")
     assert "\n" not in message
-    record("refused", feature, "refused", sentence=message)
+    record_property("outcome", "refused")
+    record_property("sentence", message)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def random_checkpoint(
     conditioning: Conditioning = "token",
     bigram_rank: int = 0,
     budget: int = 8,
+    temperatures: Sequence[float] | None = None,
 ) -> Path:
     """Save maps near the identity, with noise, that name ``target`` as theirs."""
     shape = json.loads((target / "config.json").read_text())
@@ -50,7 +52,7 @@ def random_checkpoint(
         transfer_layer_ids=(layer,),
         conditioning=conditioning,
         bigram_rank=bigram_rank,
-        calibration=Calibration(temperatures=(1.0,) * steps),
+        calibration=Calibration(temperatures=tuple(temperatures or (1.0,) * steps)),
         tree=Tree(node_budget=budget),
         target=Target(
             hidden_size=size,

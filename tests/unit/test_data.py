@@ -36,7 +36,13 @@ CHAT = [
     {"role": "user", "content": "And the attic?"},
     {"role": "assistant", "content": "There is no lock on the attic, just push."},
 ]
-OWN = {"id": "q1", "kind": "code", "temperature": 0.8, "prompt": [5, 6, 7], "answer": [8] * 20}
+OWN: dict[str, Any] = {
+    "id": "q1",
+    "kind": "code",
+    "temperature": 0.8,
+    "prompt": [5, 6, 7],
+    "answer": [8] * 20,
+}
 
 
 @pytest.fixture(scope="module")

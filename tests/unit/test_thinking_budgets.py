@@ -26,7 +26,7 @@ def stock_holder() -> ThinkingBudgetStateHolder:
 def after(holder: Any, *moves: tuple[int, int, MoveDirectionality]) -> dict[int, int]:
     """Place -> budget once requests in places 1 and 3 of four have budgets, and these moves were made."""
     budgets = {1: 10, 3: 30}
-    added = [
+    added: list[Any] = [
         (place, SamplingParams(thinking_token_budget=budgets.get(place)), [START], [])
         for place in range(4)
     ]
@@ -62,7 +62,7 @@ def test_stock_leaves_a_budget_to_the_next_request() -> None:
 def test_forced_tokens_are_in_the_request_s_own_row() -> None:
     """Two budgets of nothing, in places 1 and 3: both must end now, and the others are left alone."""
     holder = mended_holder(CONFIG, 8, CPU)
-    added = [
+    added: list[Any] = [
         (place, SamplingParams(thinking_token_budget=0 if place % 2 else None), [START], [])
         for place in range(4)
     ]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from vllm_hidden_transfer.transfer import TransferMaps
 pytestmark = pytest.mark.slow
 
 SUPPORTED = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Qwen3Moe")
-UNFIT: dict[str, dict[str, object]] = {"Gemma2": {}, "Granite": {"logits_scaling": 8.0}}
+UNFIT: dict[str, dict[str, Any]] = {"Gemma2": {}, "Granite": {"logits_scaling": 8.0}}
 LAYER, STEPS, VOCABULARY = 2, 4, 512
 
 

@@ -124,7 +124,10 @@ def edit_weights(edit: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[P
 
 
 def write(name: str, data: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(data) and None
+    def apply(folder: Path) -> None:
+        (folder / name).write_bytes(data)
+
+    return apply
 
 
 def poison(tensors: dict[str, torch.Tensor]) -> None:

@@ -46,7 +46,7 @@ def test_ancestors_and_depths(trees: list[TokenTree]) -> None:
         size = len(tree)
         assert reach[row, :size, :size].tolist() == tree.mask()[1:, 1:].tolist()
         assert depth[row, : size + 1].tolist() == tree.positions(0).tolist()
-        padded = TokenTree(np.zeros(25), batch.parents[row].numpy())
+        padded = TokenTree(np.zeros(25, dtype=np.int64), batch.parents[row].numpy())
         assert depth[row].tolist() == padded.positions(0).tolist()
 
 

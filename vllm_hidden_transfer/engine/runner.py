@@ -244,7 +244,7 @@ class TreeRunner(GPUModelRunner):
     def propose_draft_token_ids(
         self,
         scheduler_output: SchedulerOutput,
-        sampled_token_ids: list[list[int]],
+        sampled_token_ids: torch.Tensor | list[list[int]],
         sampling_metadata: object,
         hidden_states: torch.Tensor,
         sample_hidden_states: torch.Tensor,
@@ -255,6 +255,7 @@ class TreeRunner(GPUModelRunner):
     ) -> list[list[int]]:
         self.set_trees(None, self.step.root_rows)
         self.step.attention = common_attn_metadata
+        assert isinstance(sampled_token_ids, list)  # a tensor is for drafters that stay on a GPU
         requests = [request for request, tokens in enumerate(sampled_token_ids) if tokens]
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         if not requests:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from tests.engine.v2 import VOCABULARY
-from tests.matrix.record import record
 from tests.support.engines import (
     PLANTED,
     Texts,
@@ -118,7 +117,10 @@ def compare_greedy(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @BOTH_SCHEDULERS
-def test_greedy(dtype: str, scheduler: str, tiny_target: Path, tmp_path: Path) -> None:
+@pytest.mark.scope("v2", "greedy-{scheduler}-{dtype}")
+def test_greedy(
+    dtype: str, scheduler: str, tiny_target: Path, tmp_path: Path, record_property: Any
+) -> None:
     asynchronous = scheduler == "async"
     found = under_v2(
         compare_greedy,
@@ -130,7 +132,7 @@ def test_greedy(dtype: str, scheduler: str, tiny_target: Path, tmp_path: Path) -
         assert one.acceptance_length >= 2
         assert one.draft_tokens < 16 * one.drafts, "the scheduler cut no tree"
     assert found[1].prefix_hits > 0
-    record("v2", f"greedy-{scheduler}-{dtype}", "works", found[0].acceptance_length)
+    record_property("acceptance_length", round(found[0].acceptance_length, 2))
 
 
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
@@ -203,8 +205,9 @@ def compare_sampled(target: Path, answers: Path, asynchronous: bool) -> dict[str
 
 
 @BOTH_SCHEDULERS
+@pytest.mark.scope("v2", "seeded-{scheduler}")
 def test_a_seed_gives_the_text_of_no_speculation(
-    scheduler: str, tiny_target: Path, tmp_path: Path
+    scheduler: str, tiny_target: Path, tmp_path: Path, record_property: Any
 ) -> None:
     asynchronous = scheduler == "async"
     found = under_v2(
@@ -216,7 +219,7 @@ def test_a_seed_gives_the_text_of_no_speculation(
     for row, one in found.items():
         assert one.different == [], row
         assert one.acceptance_length >= (1.5 if row == "shaped" else 2), row
-    record("v2", f"seeded-{scheduler}", "works", found["cool"].acceptance_length)
+    record_property("acceptance_length", round(found["cool"].acceptance_length, 2))
 
 
 def compare_crowded(target: Path, answers: Path, asynchronous: bool) -> list[Found]:
@@ -239,7 +242,10 @@ def compare_crowded(target: Path, answers: Path, asynchronous: bool) -> list[Fou
 
 
 @BOTH_SCHEDULERS
-def test_preemption_and_slots_used_again(scheduler: str, tiny_target: Path, tmp_path: Path) -> None:
+@pytest.mark.scope("v2", "preemption-{scheduler}")
+def test_preemption_and_slots_used_again(
+    scheduler: str, tiny_target: Path, tmp_path: Path, record_property: Any
+) -> None:
     asynchronous = scheduler == "async"
     found = under_v2(
         compare_crowded,
@@ -250,7 +256,7 @@ def test_preemption_and_slots_used_again(scheduler: str, tiny_target: Path, tmp_
         one.judge(tiny_target, "float32")
         assert one.acceptance_length >= 1.5
     assert sum(one.preemptions for one in found) >= 10
-    record("v2", f"preemption-{scheduler}", "works", found[0].acceptance_length)
+    record_property("acceptance_length", round(found[0].acceptance_length, 2))
 
 
 def compare_tensor_parallel(target: Path, answers: Path) -> list[Found]:
@@ -268,7 +274,8 @@ def compare_tensor_parallel(target: Path, answers: Path) -> list[Found]:
     return found
 
 
-def test_tensor_parallel(tiny_target: Path, tmp_path: Path) -> None:
+@pytest.mark.scope("v2", "tensor_parallel")
+def test_tensor_parallel(tiny_target: Path, tmp_path: Path, record_property: Any) -> None:
     found = under_v2(
         compare_tensor_parallel,
         *(tiny_target, tmp_path / "answers.json"),
@@ -279,4 +286,4 @@ def test_tensor_parallel(tiny_target: Path, tmp_path: Path) -> None:
     assert cool.different == []
     for one in found:
         assert one.accepted_tokens > 0
-    record("v2", "tensor_parallel", "works", found[0].acceptance_length)
+    record_property("acceptance_length", round(found[0].acceptance_length, 2))

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tests.engine.v2 import VOCABULARY
-from tests.matrix.record import record
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import Texts, counters_of, differences, engine, generate, random_prompts
 from tests.support.host_syncs import HostSyncs
@@ -128,6 +127,7 @@ def drafts_of_v2(target: Path, checkpoint: Path, asynchronous: bool) -> Drafts:
     return drafts
 
 
+@pytest.mark.scope("v2", "drafts")
 def test_drafts_are_those_of_v1(
     tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +146,6 @@ def test_drafts_are_those_of_v1(
         assert_same_nodes(one.paths[key], two.paths[key], one.logits[key])
     assert two.syncs == []
     assert two.calls > 1000
-    record("v2", "drafts", "works")
 
 
 def assert_same_nodes(one: Paths, two: Paths, logits: np.ndarray) -> None:

@@ -178,7 +178,7 @@ def _after_import(module: str, act: Callable[[Any], None]) -> None:
                 execute(loaded)
                 act(loaded)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign, assignment]
             return spec
 
     sys.meta_path.insert(0, Hook())

@@ -57,7 +57,9 @@ class TreeRunnerV2(GPUModelRunner):
         check_model(self.model, layer)
         self.draft_source.on_target_loaded(self.model)
         if layer is not None:
-            self.model.set_aux_hidden_state_layers((layer,))
+            model: Any = self.model
+            model.set_aux_hidden_state_layers((layer,))
+        assert self.sampler is not None
         self.rejection_sampler = self.verifier = TreeVerifier(
             self.sampler, self.speculative_config, self.device, self.slots
         )
