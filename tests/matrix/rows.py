@@ -210,7 +210,7 @@ ROWS: tuple[Row, ...] = (
         GREEDY,
         always(logprobs=2, logprob_token_ids=[5, 7]),
         outcome="falls back",
-        note="no drafts are accepted while such a request is in the batch",
+        note="such requests draft nothing",
     ),
     Row("one_token", "max_tokens of 1", GREEDY, always(max_tokens=1)),
     Row(

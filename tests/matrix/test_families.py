@@ -47,7 +47,7 @@ def test_drafts_and_verifies_identically(family: str, tmp_path: Path, record_pro
     """Planted trees, which are accepted, and two-pass drafts of random maps, which are made by the real draft pass."""
     target = random_model(tmp_path / "target", family, layers=4)
     checkpoint = random_checkpoint(tmp_path / "maps", target, layer=2)
-    options = {"max_num_batched_tokens": 64}
+    options: dict[str, Any] = {"max_num_batched_tokens": 64}
     prompts = random_prompts(4, seed=3)
     with engine(target, **options) as llm:
         reference = generate(llm, prompts, max_tokens=NUM_TOKENS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -44,7 +45,7 @@ def examples() -> list[Example]:
     ]
 
 
-def corpus_of(target: Path, tmp_path: Path, **more: object) -> Corpus:
+def corpus_of(target: Path, tmp_path: Path, **more: Any) -> Corpus:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(example.record) + "\n" for example in examples()))
     settings = TrainSettings(

@@ -75,7 +75,7 @@ def test_the_table_shows_each_kind_and_all() -> None:
 
 
 def _found(*verdicts: Verdict, **finding: Any) -> Judgement:
-    numbers = {"gap": 0.031, "behind": 0.031, "spread": 0.062, "bound": 0.062}
+    numbers: Any = {"gap": 0.031, "behind": 0.031, "spread": 0.062, "bound": 0.062}
     findings = tuple(
         Finding(prompt, 2, 3, 9, **numbers, verdict=verdict)
         for prompt, verdict in enumerate(verdicts)
@@ -104,7 +104,8 @@ class FakePlain:
     """Continues every prefix by the same tokens."""
 
     def __init__(self, tokens: list[int]) -> None:
-        self.tokens, self.asked = tokens, []
+        self.tokens = tokens
+        self.asked: list[Any] = []
 
     def generate(self, prefixes: list[list[int]], sampling: list[dict[str, Any]]) -> list[Any]:
         self.asked.append((prefixes, sampling))
@@ -121,7 +122,7 @@ def test_the_answers_are_judged_to_the_end_token(
     assert {0, 5} <= end_tokens(tmp_path)
     plain, hidden = _generation([1, 2, 3, 0], [1] * 4, 1.0), _generation(tested, [4], 1.0)
     answers = [Answers(Question("a", "chat", "?"), plain, hidden)]
-    engine = FakePlain([])
+    engine: Any = FakePlain([])
     found = judge_answers(answers, engine, _settings(tmp_path))
     assert bool(found.wrong) == wrong
     assert engine.asked == []

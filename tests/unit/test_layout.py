@@ -40,7 +40,7 @@ def test_every_row_sees_prefix_and_ancestors(case: Pass) -> None:
     batch, extra, computed, block = case.trees, case.extra, case.computed, case.block
     nodes = [len(tree) if tree else 0 for tree in batch]
     sizes = [sum(each) for each in zip(extra, [1] * len(batch), nodes, case.cut, strict=True)]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     roots = starts[:-1] + extra
     width = max(-(-(done + size) // block) for done, size in zip(computed, sizes, strict=True))
     table = np.arange(1, 1 + len(batch) * width, dtype=np.int32).reshape(len(batch), width)

@@ -111,9 +111,9 @@ def _worth(tokens: np.ndarray, scores: np.ndarray) -> dict[tuple[int, ...], floa
     """Every usable path's log-probability."""
     found: dict[tuple[int, ...], float] = {}
     width = tokens.shape[1]
-    level = [((), 0, 0.0)]
+    level: list[tuple[tuple[int, ...], int, float]] = [((), 0, 0.0)]
     for depth in range(len(tokens)):
-        after = []
+        after: list[tuple[tuple[int, ...], int, float]] = []
         for path, before, worth in level:
             for choice in range(width):
                 step = scores[depth, before, choice] if scores.ndim == 3 else scores[depth, choice]
