@@ -15,6 +15,7 @@ def _install() -> None:
     from vllm.usage.usage_lib import UsageContext
 
     from vllm_hidden_transfer.engine import configuration
+    from vllm_hidden_transfer.engine.asking import ConfigurationError
     from vllm_hidden_transfer.engine.settings import METHOD
 
     stock_speculative = EngineArgs.create_speculative_config
@@ -45,13 +46,14 @@ def _install() -> None:
         self: EngineArgs, usage_context: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         try:
-            with configuration.preferred_block_size(self):
+            with configuration.preferences(self):
                 config = stock_engine(self, usage_context, *args, **kwargs)
-                if configuration.fits_its_runner(config):
-                    return config
-                with configuration.for_v1():
-                    return stock_engine(self, usage_context, *args, **kwargs)
-        except configuration.ConfigurationError as error:
+            if not configuration.fits_its_runner(config):
+                with configuration.for_v1(), configuration.preferences(self):
+                    config = stock_engine(self, usage_context, *args, **kwargs)
+            configuration.check_resolved(config)
+            return config
+        except ConfigurationError as error:
             if usage_context is not UsageContext.OPENAI_API_SERVER:
                 raise
             sys.exit(f"vllm serve: {error}")
@@ -66,7 +68,8 @@ PATCH = Patch(
     how="Wraps EngineArgs.create_speculative_config: our method becomes custom_class for the V1 runner and ngram_gpu "
     "for V2, which keeps async scheduling and knows no custom class; our settings travel in additional_config (part of "
     "the compile hash), worker_cls names our worker. Wraps create_engine_config to make the configuration again where "
-    "vLLM then picks V1, for the CPU's block size, and so that a server start refuses in one sentence.",
+    "vLLM then picks V1, for our defaults, to check what vLLM made of the arguments, and so that a server start "
+    "refuses in one sentence.",
     versions="0.32",
     retired_by="a registry of speculative methods in vLLM",
     surfaces=(

@@ -93,6 +93,10 @@ class Bench:
             "spec_model": None,
             "spec_tokens": None,
             "additional_config": {},
+            "revision": None,
+            "download_dir": None,
+            "ignore_patterns": None,
+            "load_format": "auto",
         }
         text = SimpleNamespace(hidden_size=SIZE, num_hidden_layers=4, vocab_size=16)
         model: Any = SimpleNamespace(model=str(self.target), hf_text_config=text)
@@ -235,11 +239,13 @@ def test_options_of_other_methods_are_left_alone(bench: Bench) -> None:
             assert_one_sentence(str(error), LONGEST_CONFIGURATION)
 
     attempt()
-    deep = bench.target / "config.json"
+    plain = bench.target.parent / "plain"
+    plain.mkdir()
+    deep = plain / "config.json"
     for text in (b"[" * 100_000, b"[]", b"\xff", b"{", b"null"):
         deep.write_bytes(text)  # a model, not a checkpoint
         args: Any = SimpleNamespace(
-            speculative_config={"model": str(bench.target)},
+            speculative_config={"model": str(plain)},
             spec_method=None,
             spec_model=None,
             spec_tokens=None,
