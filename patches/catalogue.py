@@ -72,6 +72,16 @@ SUBCLASSED: tuple[Surface, ...] = (
         "cpu_attn_reshape_and_cache",
         ("key", "value", "slot_mapping", "isa", "k_scale", "v_scale", "kv_cache_dtype"),
     ),
+    Surface(
+        "vllm.model_executor.model_loader.weight_utils",
+        "download_weights_from_hf",
+        ("model_name_or_path", "cache_dir", "allow_patterns", "revision", "ignore_patterns"),
+    ),
+    Surface(
+        "vllm.model_executor.model_loader.weight_utils",
+        "maybe_download_from_modelscope",
+        ("model", "revision"),
+    ),
     Surface("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata")),
     Surface("vllm.v1.sample.logits_processor", "MinTokensLogitsProcessor"),
 )

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,11 +46,11 @@ def answer(target: Path) -> list[int]:
 
 
 @pytest.fixture(params=OTHERS)
-def reason(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def reason(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Child processes meet another vLLM; what the plugin says about it."""
     variables, sentence = OTHERS[request.param]
     set_up(monkeypatch, variables)
-    yield sentence
+    return sentence
 
 
 def set_up(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:

@@ -168,7 +168,7 @@ def _check_combination(
     from vllm_hidden_transfer.patches.base import MissingSurfaceError
 
     v2 = stand_in_method() == STAND_IN
-    refusals.check_arguments(refusals.Arguments(args, model_config, parallel_config, v2))
+    refusals.check_arguments(args, model_config, parallel_config, v2=v2)
     try:
         catalogue.check_engine(v2=v2)
     except MissingSurfaceError as error:
