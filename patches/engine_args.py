@@ -79,7 +79,10 @@ PATCH = Patch(
             ("target_model_config", "target_parallel_config"),
         ),
         Surface("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("usage_context",)),
+        Surface("vllm.engine.arg_utils", "EngineArgs.speculative_config"),
         Surface("vllm.engine.arg_utils", "EngineArgs.spec_tokens"),
+        Surface("vllm.engine.arg_utils", "EngineArgs.block_size"),
+        Surface("vllm.engine.arg_utils", "EngineArgs.async_scheduling"),
         Surface("vllm.config", "ParallelConfig.worker_cls"),
         Surface("vllm.config", "VllmConfig.use_v2_model_runner"),
         Surface(
