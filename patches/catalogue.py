@@ -8,13 +8,19 @@ from vllm_hidden_transfer.patches import (
     cpu_attention_backend,
     cpu_model_runner,
     engine_args,
+    log_lines,
     sampling_parameters,
     seeded_chunks,
     thinking_budgets,
 )
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
-AT_START: tuple[Patch, ...] = (engine_args.PATCH, cli_options.PATCH, sampling_parameters.PATCH)
+AT_START: tuple[Patch, ...] = (
+    engine_args.PATCH,
+    cli_options.PATCH,
+    log_lines.PATCH,
+    sampling_parameters.PATCH,
+)
 """Applied in every process in which vLLM loads plugins."""
 
 IN_WORKERS: tuple[Patch, ...] = (

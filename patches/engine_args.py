@@ -7,11 +7,18 @@ import copy
 import sys
 from typing import Any
 
+from vllm_hidden_transfer.patches import log_lines
 from vllm_hidden_transfer.patches.base import Patch, Surface
+
+STANDS_FOR = (
+    "hidden_transfer: vLLM's own lines name it by what stands for it there: method %s, model %s, and "
+    "num_speculative_tokens for the nodes of a tree."
+)
 
 
 def _install() -> None:
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.logger import init_logger
     from vllm.usage.usage_lib import UsageContext
 
     from vllm_hidden_transfer.engine import configuration
@@ -20,6 +27,7 @@ def _install() -> None:
 
     stock_speculative = EngineArgs.create_speculative_config
     stock_engine = EngineArgs.create_engine_config
+    logger = init_logger("vllm.hidden_transfer")
 
     def create_speculative_config(
         self: EngineArgs, target_model_config: Any, target_parallel_config: Any
@@ -46,12 +54,20 @@ def _install() -> None:
         self: EngineArgs, usage_context: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         try:
-            with configuration.preferences(self):
+            if configuration.requested(self) is None:
+                return stock_engine(self, usage_context, *args, **kwargs)
+            with log_lines.left_out(), configuration.preferences(self):
                 config = stock_engine(self, usage_context, *args, **kwargs)
             if not configuration.fits_its_runner(config):
-                with configuration.for_v1(), configuration.preferences(self):
+                with (
+                    log_lines.left_out(),
+                    configuration.for_v1(),
+                    configuration.preferences(self),
+                ):
                     config = stock_engine(self, usage_context, *args, **kwargs)
             configuration.check_resolved(config)
+            speculative = config.speculative_config
+            logger.info_once(STANDS_FOR, speculative.method, speculative.model)
             return config
         except ConfigurationError as error:
             if usage_context is not UsageContext.OPENAI_API_SERVER:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,42 @@ def test_the_v2_runner_is_refused_without_triton(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=1 without Triton"):
         configure(target, speculative_config={"method": "hidden_transfer"})
+
+
+def test_the_log_of_a_start_names_our_method_only(target: Path) -> None:
+    """What stands for our method in vLLM is explained once, and vLLM's warnings about it are left out."""
+    from vllm import logger as vllm_logger
+
+    def said(**options: Any) -> list[str]:
+        vllm_logger._print_warning_once.cache_clear()
+        vllm_logger._print_info_once.cache_clear()
+        records: list[logging.LogRecord] = []
+        handler = logging.Handler()
+        handler.emit = records.append  # type: ignore[method-assign]
+        loggers = [logging.getLogger(name) for name in ("vllm", "vllm.hidden_transfer")]
+        levels = [logger.level for logger in loggers]
+        loggers[0].addHandler(handler)
+        for logger in loggers:
+            logger.setLevel(logging.INFO)
+        try:
+            configure(target, max_num_batched_tokens=2048, max_model_len=512, **options)
+        finally:
+            loggers[0].removeHandler(handler)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+        return [record.getMessage() for record in records]
+
+    unfit = ("experimental", "suboptimal", "Async scheduling not supported")
+    ours = said(speculative_config={"method": "hidden_transfer"})
+    assert not [line for line in ours for word in unfit if word in line]
+    (line,) = [line for line in ours if "stands for it" in line]
+    assert "custom_class" in line
+    assert "UnusedProposer" in line
+    stock = {
+        "method": "custom_class",
+        "model": "vllm_hidden_transfer.engine.runner.Else",
+        "num_speculative_tokens": 3,
+    }
+    theirs = said(speculative_config=stock)
+    for word in unfit:
+        assert [line for line in theirs if word in line]

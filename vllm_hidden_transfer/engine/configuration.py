@@ -123,18 +123,17 @@ def for_v1() -> Iterator[None]:
 
 @contextmanager
 def preferences(args: EngineArgs) -> Iterator[None]:
-    """While a configuration is made: what our method prefers where the user set nothing.
+    """While a configuration of our method is made: what it prefers where the user set nothing.
 
     On a CPU blocks of 32. Under the V1 runner no async scheduling, which vLLM would turn off with a warning.
     """
     from vllm.platforms import current_platform
 
     preferred: dict[str, Any] = {}
-    if requested(args) is not None:
-        if current_platform.is_cpu():
-            preferred["block_size"] = CPU_BLOCK_SIZE
-        if stand_in_method() != STAND_IN:
-            preferred["async_scheduling"] = False
+    if current_platform.is_cpu():
+        preferred["block_size"] = CPU_BLOCK_SIZE
+    if stand_in_method() != STAND_IN:
+        preferred["async_scheduling"] = False
     unset = [name for name in preferred if getattr(args, name) is None]
     for name in unset:
         setattr(args, name, preferred[name])
