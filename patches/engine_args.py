@@ -22,7 +22,7 @@ def _install() -> None:
     from vllm.usage.usage_lib import UsageContext
 
     from vllm_hidden_transfer.engine import configuration
-    from vllm_hidden_transfer.engine.asking import ConfigurationError
+    from vllm_hidden_transfer.engine.asking import ConfigurationError, requested
     from vllm_hidden_transfer.engine.settings import METHOD
 
     stock_speculative = EngineArgs.create_speculative_config
@@ -54,7 +54,7 @@ def _install() -> None:
         self: EngineArgs, usage_context: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         try:
-            if configuration.requested(self) is None:
+            if requested(self) is None:
                 return stock_engine(self, usage_context, *args, **kwargs)
             with log_lines.left_out(), configuration.preferences(self):
                 config = stock_engine(self, usage_context, *args, **kwargs)
