@@ -11,9 +11,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.support.checkpoints import random_checkpoint
-from tests.support.engines import engine, generate
 from tests.support.models import add_tokenizer, random_model
 from tests.support.servers import SMALL, VLLM, serve
 
@@ -40,9 +41,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answer(target: Path) -> list[int]:
-    """What this vLLM says without speculation."""
-    with engine(target) as llm:
-        return generate(llm, [PROMPT], max_tokens=12).outputs[0]
+    """What the target says, by transformers in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    tokens = list(PROMPT)
+    with torch.inference_mode():
+        for _ in range(12):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(PROMPT) :]
 
 
 @pytest.fixture(params=OTHERS)
