@@ -8,6 +8,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vllm_hidden_transfer.config import one_sentence
+from vllm_hidden_transfer.versions import TESTED_SERIES
+
+INSTEAD = (
+    f"vllm-hidden-transfer was run with vLLM {TESTED_SERIES}.x: install vLLM {TESTED_SERIES}.0"
+)
+
 
 class MissingSurfaceError(RuntimeError):
     """vLLM lacks something that the plugin builds on."""
@@ -29,20 +36,19 @@ class Surface:
             found: object = importlib.import_module(self.module)
             for part in self.name.split("."):
                 found = getattr(found, part)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # importing a module of another vLLM may fail in any way
             raise MissingSurfaceError(
-                f"hidden_transfer cannot run with this vLLM: {where} is not there ({error}); "
-                "install the vLLM version that the plugin's README names."
+                f"hidden_transfer cannot run with this vLLM: {where} is not there "
+                f"({one_sentence(str(error), limit=200)}); {INSTEAD}."
             ) from error
         if not self.parameters:
             return
-        assert callable(found)
-        known = inspect.signature(found).parameters
+        known = inspect.signature(found).parameters if callable(found) else {}
         missing = [name for name in self.parameters if name not in known]
         if missing:
             raise MissingSurfaceError(
                 f"hidden_transfer cannot run with this vLLM: {where} takes no {', '.join(missing)}; "
-                "install the vLLM version that the plugin's README names."
+                f"{INSTEAD}."
             )
 
 

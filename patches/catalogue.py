@@ -8,13 +8,19 @@ from vllm_hidden_transfer.patches import (
     cpu_attention_backend,
     cpu_model_runner,
     engine_args,
+    log_lines,
     sampling_parameters,
     seeded_chunks,
     thinking_budgets,
 )
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
-AT_START: tuple[Patch, ...] = (engine_args.PATCH, cli_options.PATCH, sampling_parameters.PATCH)
+AT_START: tuple[Patch, ...] = (
+    engine_args.PATCH,
+    cli_options.PATCH,
+    log_lines.PATCH,
+    sampling_parameters.PATCH,
+)
 """Applied in every process in which vLLM loads plugins."""
 
 IN_WORKERS: tuple[Patch, ...] = (
@@ -71,6 +77,16 @@ SUBCLASSED: tuple[Surface, ...] = (
         "vllm._custom_ops",
         "cpu_attn_reshape_and_cache",
         ("key", "value", "slot_mapping", "isa", "k_scale", "v_scale", "kv_cache_dtype"),
+    ),
+    Surface(
+        "vllm.model_executor.model_loader.weight_utils",
+        "download_weights_from_hf",
+        ("model_name_or_path", "cache_dir", "allow_patterns", "revision", "ignore_patterns"),
+    ),
+    Surface(
+        "vllm.model_executor.model_loader.weight_utils",
+        "maybe_download_from_modelscope",
+        ("model", "revision"),
     ),
     Surface("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata")),
     Surface("vllm.v1.sample.logits_processor", "MinTokensLogitsProcessor"),

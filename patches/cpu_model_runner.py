@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_hidden_transfer.patches import log_lines
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
 
@@ -18,7 +19,8 @@ def replaced_by(runner_class: type, *, v2: bool) -> Iterator[None]:
     stock = module.CPUModelRunner
     module.CPUModelRunner = runner_class
     try:
-        yield
+        with log_lines.left_out():
+            yield
     finally:
         module.CPUModelRunner = stock
 

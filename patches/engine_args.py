@@ -7,18 +7,27 @@ import copy
 import sys
 from typing import Any
 
+from vllm_hidden_transfer.patches import log_lines
 from vllm_hidden_transfer.patches.base import Patch, Surface
+
+STANDS_FOR = (
+    "hidden_transfer: vLLM's own lines name it by what stands for it there: method %s, model %s, and "
+    "num_speculative_tokens for the nodes of a tree."
+)
 
 
 def _install() -> None:
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.logger import init_logger
     from vllm.usage.usage_lib import UsageContext
 
     from vllm_hidden_transfer.engine import configuration
+    from vllm_hidden_transfer.engine.asking import ConfigurationError, requested
     from vllm_hidden_transfer.engine.settings import METHOD
 
     stock_speculative = EngineArgs.create_speculative_config
     stock_engine = EngineArgs.create_engine_config
+    logger = init_logger("vllm.hidden_transfer")
 
     def create_speculative_config(
         self: EngineArgs, target_model_config: Any, target_parallel_config: Any
@@ -45,13 +54,22 @@ def _install() -> None:
         self: EngineArgs, usage_context: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         try:
-            with configuration.preferred_block_size(self):
+            if requested(self) is None:
+                return stock_engine(self, usage_context, *args, **kwargs)
+            with log_lines.left_out(), configuration.preferences(self):
                 config = stock_engine(self, usage_context, *args, **kwargs)
-                if configuration.fits_its_runner(config):
-                    return config
-                with configuration.for_v1():
-                    return stock_engine(self, usage_context, *args, **kwargs)
-        except configuration.ConfigurationError as error:
+            if not configuration.fits_its_runner(config):
+                with (
+                    log_lines.left_out(),
+                    configuration.for_v1(),
+                    configuration.preferences(self),
+                ):
+                    config = stock_engine(self, usage_context, *args, **kwargs)
+            configuration.check_resolved(config)
+            speculative = config.speculative_config
+            logger.info_once(STANDS_FOR, speculative.method, speculative.model)
+            return config
+        except ConfigurationError as error:
             if usage_context is not UsageContext.OPENAI_API_SERVER:
                 raise
             sys.exit(f"vllm serve: {error}")
@@ -66,7 +84,8 @@ PATCH = Patch(
     how="Wraps EngineArgs.create_speculative_config: our method becomes custom_class for the V1 runner and ngram_gpu "
     "for V2, which keeps async scheduling and knows no custom class; our settings travel in additional_config (part of "
     "the compile hash), worker_cls names our worker. Wraps create_engine_config to make the configuration again where "
-    "vLLM then picks V1, for the CPU's block size, and so that a server start refuses in one sentence.",
+    "vLLM then picks V1, for our defaults, to check what vLLM made of the arguments, and so that a server start "
+    "refuses in one sentence.",
     versions="0.32",
     retired_by="a registry of speculative methods in vLLM",
     surfaces=(
@@ -76,7 +95,10 @@ PATCH = Patch(
             ("target_model_config", "target_parallel_config"),
         ),
         Surface("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("usage_context",)),
+        Surface("vllm.engine.arg_utils", "EngineArgs.speculative_config"),
         Surface("vllm.engine.arg_utils", "EngineArgs.spec_tokens"),
+        Surface("vllm.engine.arg_utils", "EngineArgs.block_size"),
+        Surface("vllm.engine.arg_utils", "EngineArgs.async_scheduling"),
         Surface("vllm.config", "ParallelConfig.worker_cls"),
         Surface("vllm.config", "VllmConfig.use_v2_model_runner"),
         Surface(

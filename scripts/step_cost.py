@@ -29,6 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy import stats
 
+from vllm_hidden_transfer.engine.settings import TEST_DRAFTS_VARIABLE
 from vllm_hidden_transfer.evaluation.engine_process import EngineProcess
 from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
 from vllm_hidden_transfer.evaluation.planted import ANSWERS_VARIABLE, Shape, write_answers
@@ -146,6 +147,7 @@ def start_engines(
     env = {
         "OMP_NUM_THREADS": "2",
         FOLDER_VARIABLE: str(folder),
+        TEST_DRAFTS_VARIABLE: "1",
         CHECKPOINT_VARIABLE: str(checkpoint),
         ANSWERS_VARIABLE: str(folder / "answers.json"),
     }

@@ -29,6 +29,7 @@ from tests.support.engines import PLANTED, Asker
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
 from tests.support.servers import metric, serve
 from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, judge
+from vllm_hidden_transfer.engine.settings import TEST_DRAFTS_VARIABLE
 from vllm_hidden_transfer.evaluation import planted
 from vllm_hidden_transfer.evaluation.engine_process import EngineProcess
 
@@ -315,6 +316,7 @@ def main(
     """Soak a server and report; status 1 where anything is wrong."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ[TEST_DRAFTS_VARIABLE] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory() as name:
         report = run(minutes, clients, prompts, Path(name))

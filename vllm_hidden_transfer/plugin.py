@@ -1,20 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's entry point (group ``vllm.general_plugins``): check, then install.
+"""vLLM's entry point (group ``vllm.general_plugins``): check, then install, else stay out of the way.
 
 vLLM calls ``register`` in the API process before its arguments are parsed, in the engine core and in every worker, so
-it must be re-entrant and cheap. It may not fail at import: vLLM swallows that, and speculation would be silently off.
+it must be re-entrant and cheap. It never fails: vLLM ends every engine whose plugins raise, also one that does not
+speculate.
 """
+
+import logging
+import multiprocessing
+
+# A child of vLLM's own logger: only that one has a handler and vLLM's format.
+logger = logging.getLogger("vllm.hidden_transfer")
 
 
 def register() -> None:
     """Check the vLLM version and the surfaces that we patch, then patch them.
 
-    Raises:
-        UnsupportedVllmError: for a vLLM that was not run with this plugin.
-        MissingSurfaceError: where vLLM lacks something that we build on. Nothing is half applied.
+    Beside a vLLM that was not run with this plugin, or that lacks a surface, nothing is patched but for the refusal of
+    our own method (``patches/refuser.py``), and one warning says why.
     """
-    from vllm_hidden_transfer.patches import catalogue
-    from vllm_hidden_transfer.versions import check_vllm_version
+    from vllm_hidden_transfer.patches import catalogue, refuser
+    from vllm_hidden_transfer.patches.base import MissingSurfaceError
+    from vllm_hidden_transfer.versions import UnsupportedVllmError, check_vllm_version
 
-    check_vllm_version()
-    catalogue.install()
+    try:
+        check_vllm_version()
+        catalogue.install()
+    except (UnsupportedVllmError, MissingSurfaceError) as error:
+        refuser.install(str(error))
+        if multiprocessing.parent_process() is None:  # vLLM's own children would say it again
+            logger.warning(
+                "hidden_transfer is not available, all else is as without the plugin: %s", error
+            )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.checkpoints import random_checkpoint
+from tests.support.engines import planted_options
 
 pytestmark = pytest.mark.engine
 
@@ -108,8 +110,13 @@ def test_a_block_size_of_the_user_stays(target: Path) -> None:
 
 
 REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"num_speculativ_tokens": 4}, {}, "nearest is 'num_speculative_tokens'"),
-    ({"draft_temperature": 1}, {}, "no option 'draft_temperature'"),
+    ({"num_speculativ_tokens": 4}, {}, "did you mean 'num_speculative_tokens'"),
+    (
+        {"draft_temperature": 1},
+        {},
+        "no option 'draft_temperature' in --speculative-config: it knows",
+    ),
+    ({"quantization": "fp8"}, {}, "no option 'quantization' in --speculative-config: it knows"),
     ({"method": "hidden-transfer"}, {}, "did you mean 'hidden_transfer'"),
     ({"method": "hiden_transfer"}, {}, "did you mean 'hidden_transfer'"),
     ({"num_speculative_tokens": 0}, {}, "from 1 to 256, not 0"),
@@ -121,6 +128,8 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
     ({}, {"spec_method": "hidden_transfer"}, "give one of them"),
     ({}, {"worker_cls": "some.Worker"}, "--worker-cls"),
+    ({}, {"async_scheduling": True}, "--async-scheduling under the V1 model runner"),
+    ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size"),
 ]
 
 
@@ -138,11 +147,88 @@ def test_no_checkpoint_beside_the_target(random_target: Path) -> None:
         configure(random_target, speculative_config={"method": "hidden_transfer"})
 
 
-def test_an_unknown_hub_id_names_the_way_out(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_hidden_transfer.engine.configuration import ConfigurationError, _target_folder
+SLIPS = {
+    "hidden-transfer": "did you mean 'hidden_transfer'",
+    "hiden_transfer": "did you mean 'hidden_transfer'",
+    "{checkpoint}/model.safetensors": "is a file of a transfer checkpoint: give its folder",
+    "{target}": "is a target with a transfer checkpoint in its folder",
+    "{target}/config.json": "is no transfer checkpoint: give hidden_transfer",
+    "{empty}": "is no transfer checkpoint: give hidden_transfer",
+    "/nowhere/at/all": "there is no transfer checkpoint at /nowhere/at/all",
+    "./maps": "there is no transfer checkpoint at ./maps",
+}
+"""Values of --speculative-model that mean our method, but not quite."""
 
-    with pytest.raises(ConfigurationError, match="--speculative-config"):
-        _target_folder("nobody/no-such-model")
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_in_the_model_is_one_sentence_at_once(
+    slip: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = slip.format(target=target, checkpoint=target / "hidden_transfer", empty=tmp_path)
+    with pytest.raises(SystemExit):
+        parse("--model", str(target), "--speculative-model", value)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: argument --speculative-model: " in last
+    assert SLIPS[slip] in last
+
+
+@pytest.mark.parametrize("slip", list(SLIPS)[:4])
+def test_the_same_slips_from_python(slip: str, target: Path) -> None:
+    value = slip.format(target=target, checkpoint=target / "hidden_transfer")
+    with pytest.raises(ValueError, match=SLIPS[slip]):
+        configure(target, speculative_config={"model": value, "num_speculative_tokens": 3})
+
+
+def test_draft_models_of_other_methods_stay_stocks(target: Path) -> None:
+    from vllm_hidden_transfer.engine.asking import requested
+
+    for name in ("org/draft-model", "gpt2", "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"):
+        args = parse("--model", str(target), "--speculative-model", name)
+        assert args.spec_model == name
+        assert requested(args) is None
+
+
+def test_two_models_may_not_differ(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = str(target / "hidden_transfer")
+    model = ["--model", str(target)]
+    both = (["--speculative-model", "hidden_transfer"], ["--spec-model", checkpoint])
+    for first, second in (both, both[::-1]):
+        with pytest.raises(SystemExit):
+            parse(*model, *first, *second)
+        said = capsys.readouterr().err
+        assert "say different things: give one" in said
+        assert all(text in said for text in (*first, *second))
+    same = ["--speculative-model", checkpoint, "--spec-model", checkpoint]
+    assert parse(*model, *same).spec_model == checkpoint
+    # A command line goes over a --config file, in which the same option may be given too.
+    twice = ["--spec-model", "org/one", "--spec-model", "org/two"]
+    assert parse(*model, *twice).spec_model == "org/two"
+
+
+def test_an_option_of_vllms_own_is_left_alone() -> None:
+    """The day that vLLM has --speculative-model again."""
+    from vllm.engine import arg_utils
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    parser.add_argument("--speculative-model", dest="theirs")
+    arg_utils.AsyncEngineArgs.add_cli_args(parser)
+    namespace = parser.parse_args(["--speculative-model", "anything", "--spec-model", "org/name"])
+    assert (namespace.theirs, namespace.spec_model) == ("anything", "org/name")
+
+
+def test_a_draft_source_needs_its_environment_variable(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = planted_options(4)
+    configure(target, **options)
+    monkeypatch.delenv("VLLM_HIDDEN_TRANSFER_TEST_DRAFTS")
+    with pytest.raises(ValueError, match="VLLM_HIDDEN_TRANSFER_TEST_DRAFTS=1") as refusal:
+        configure(target, **options)
+    assert "\n" not in str(refusal.value)
+    monkeypatch.setenv("VLLM_HIDDEN_TRANSFER_TEST_DRAFTS", "0")
+    with pytest.raises(ValueError, match="VLLM_HIDDEN_TRANSFER_TEST_DRAFTS=1"):
+        configure(target, **options)
 
 
 def test_another_shape_is_refused_with_what_differs(target: Path, tmp_path: Path) -> None:
@@ -173,3 +259,42 @@ def test_the_v2_runner_is_refused_without_triton(
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=1 without Triton"):
         configure(target, speculative_config={"method": "hidden_transfer"})
+
+
+def test_the_log_of_a_start_names_our_method_only(target: Path) -> None:
+    """What stands for our method in vLLM is explained once, and vLLM's warnings about it are left out."""
+    from vllm import logger as vllm_logger
+
+    def said(**options: Any) -> list[str]:
+        vllm_logger._print_warning_once.cache_clear()
+        vllm_logger._print_info_once.cache_clear()
+        records: list[logging.LogRecord] = []
+        handler: Any = logging.Handler()
+        handler.emit = records.append
+        loggers = [logging.getLogger(name) for name in ("vllm", "vllm.hidden_transfer")]
+        levels = [logger.level for logger in loggers]
+        loggers[0].addHandler(handler)
+        for logger in loggers:
+            logger.setLevel(logging.INFO)
+        try:
+            configure(target, max_num_batched_tokens=2048, max_model_len=512, **options)
+        finally:
+            loggers[0].removeHandler(handler)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+        return [record.getMessage() for record in records]
+
+    unfit = ("experimental", "suboptimal", "Async scheduling not supported")
+    ours = said(speculative_config={"method": "hidden_transfer"})
+    assert not [line for line in ours for word in unfit if word in line]
+    (line,) = [line for line in ours if "stands for it" in line]
+    assert "custom_class" in line
+    assert "UnusedProposer" in line
+    stock = {
+        "method": "custom_class",
+        "model": "vllm_hidden_transfer.engine.runner.Else",
+        "num_speculative_tokens": 3,
+    }
+    theirs = said(speculative_config=stock)
+    for word in unfit:
+        assert [line for line in theirs if word in line]

@@ -63,16 +63,13 @@ def test_the_same_text(
     assert accepted / drafts > 0.7
     banner = [line for line in log.read_text().splitlines() if "hidden_transfer is on" in line]
     assert len(banner) == 1
-    for word in (
-        "two-pass",
-        "k = 4",
-        "bigrams of rank 64",
-        "t = 16 of 30",
-        "16 nodes",
-        "float32",
-        "CPU_ATTN",
-    ):
+    for word in ("two-pass", "k = 4", "t = 16 of 30", "16 nodes", "float32", "CPU_ATTN"):
         assert word in banner[0]
+    for word in ("experimental", "suboptimal", "custom proposer", "Async scheduling not supported"):
+        assert word not in log.read_text()
+    # The published maps are those of the paper, without bigrams.
+    published = "published" in " ".join(way)
+    assert ("published maps, k" if published else "with bigrams of rank 64, k") in banner[0]
 
 
 def test_a_refusal_is_one_sentence(random_target: Path, tmp_path: Path) -> None:

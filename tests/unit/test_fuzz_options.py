@@ -34,14 +34,8 @@ from tests.unit.test_fuzz_checkpoints import (
     without_rights,
 )
 from vllm_hidden_transfer.engine import configuration
-from vllm_hidden_transfer.engine.configuration import (
-    MAX_BUDGET,
-    OPTIONS,
-    ConfigurationError,
-    Plan,
-    plan,
-    requested,
-)
+from vllm_hidden_transfer.engine.asking import ConfigurationError, requested
+from vllm_hidden_transfer.engine.configuration import MAX_BUDGET, OPTIONS, Plan, plan
 from vllm_hidden_transfer.engine.settings import METHOD
 from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
 
@@ -95,6 +89,10 @@ class Bench:
             "spec_model": None,
             "spec_tokens": None,
             "additional_config": {},
+            "revision": None,
+            "download_dir": None,
+            "ignore_patterns": None,
+            "load_format": "auto",
         }
         text = SimpleNamespace(hidden_size=SIZE, num_hidden_layers=4, vocab_size=16)
         model: Any = SimpleNamespace(model=str(self.target), hf_text_config=text)
@@ -237,11 +235,13 @@ def test_options_of_other_methods_are_left_alone(bench: Bench) -> None:
             assert_one_sentence(str(error), LONGEST_CONFIGURATION)
 
     attempt()
-    deep = bench.target / "config.json"
+    plain = bench.target.parent / "plain"
+    plain.mkdir()
+    deep = plain / "config.json"
     for text in (b"[" * 100_000, b"[]", b"\xff", b"{", b"null"):
         deep.write_bytes(text)  # a model, not a checkpoint
         args: Any = SimpleNamespace(
-            speculative_config={"model": str(bench.target)},
+            speculative_config={"model": str(plain)},
             spec_method=None,
             spec_model=None,
             spec_tokens=None,

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from vllm_hidden_transfer.patches import base, catalogue
+from vllm_hidden_transfer.patches import base, catalogue, refuser
 from vllm_hidden_transfer.patches.base import MissingSurfaceError, Patch, Surface
 
 
 def test_every_patch_is_documented() -> None:
-    for patch in (*catalogue.AT_START, *catalogue.IN_WORKERS):
+    for patch in (*catalogue.AT_START, *catalogue.IN_WORKERS, refuser.ENGINES, refuser.OPTIONS):
         assert patch.why
         assert patch.how
         assert patch.versions
@@ -33,6 +34,13 @@ def test_a_missing_surface_is_named(surface: Surface) -> None:
         surface.check()
     assert "no_such" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_every_file_has_a_row() -> None:
+    folder = Path(catalogue.__file__).parent
+    text = (folder / "README.md").read_text()
+    for path in folder.glob("*.py"):
+        assert path.stem in {"__init__", "base", "catalogue"} or f"`{path.name}`" in text
 
 
 def test_nothing_is_applied_when_one_seam_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

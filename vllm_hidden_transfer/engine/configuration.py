@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From vLLM's engine arguments to our settings: who asks for hidden_transfer, with what, and what is refused.
+"""From vLLM's engine arguments to our settings: with what our method is asked for, and how vLLM is to be configured.
 
-Everything here runs before any weights are loaded. Every refusal is one sentence.
+Everything here runs before any weights are loaded. Every refusal is one sentence; what the engine as a whole may not be
+combined with is a table in ``refusals.py``.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_hidden_transfer.config import one_sentence
-from vllm_hidden_transfer.engine.settings import METHOD, Settings
+from vllm_hidden_transfer.engine import refusals, target_files
+from vllm_hidden_transfer.engine.asking import ConfigurationError, requested, shown
+from vllm_hidden_transfer.engine.settings import METHOD, TEST_DRAFTS_VARIABLE, Settings
+from vllm_hidden_transfer.engine.target_files import Target
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -35,20 +37,13 @@ CPU_BLOCK_SIZE = 32
 """vLLM's CPU default of 128 makes every copy of a partial block four times as large."""
 
 
-class ConfigurationError(ValueError):
-    """One sentence: what is wrong, which option, what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(one_sentence(message, limit=600))
-
-
 @dataclass(frozen=True)
 class Plan:
     """How vLLM is to be configured for our method."""
 
     settings: Settings
     budget: int
-    worker_cls: str = "vllm_hidden_transfer.engine.cpu.HiddenTransferCPUWorker"
+    worker_cls: str = refusals.WORKER
     proposer: str = PROPOSER
 
 
@@ -71,10 +66,17 @@ def plan(
         settings = Settings(checkpoint=None, draft_source=source)
         return Plan(settings, _checked_budget(budget))
     _check_structure(model_config)
-    folder = _checkpoint_folder(options.get("model"), model_config.model)
+    target = Target(
+        model_config.model,
+        args.revision,
+        args.download_dir,
+        args.ignore_patterns,
+        str(args.load_format),
+    )
+    folder = _checkpoint_folder(options.get("model"), target)
     config = _load_config(folder)
     _check_shape(config, folder, model_config)
-    mismatch = _target_mismatch(config, folder, model_config.model)
+    mismatch = target_files.mismatch(config, folder, target)
     if mismatch and not options.get("allow_target_mismatch", False):
         raise ConfigurationError(
             f"{mismatch}; train maps for this target, or set "
@@ -83,41 +85,6 @@ def plan(
         )
     settings = Settings(checkpoint=str(folder), mismatch=mismatch)
     return Plan(settings, _checked_budget(config.tree.node_budget if budget is None else budget))
-
-
-def requested(args: EngineArgs) -> dict[str, Any] | None:
-    """The speculative options of these arguments if they ask for our method, else None."""
-    given = {} if args.speculative_config is None else args.speculative_config
-    if not isinstance(given, dict):
-        raise ConfigurationError(
-            f"--speculative-config must be an object of options, not {_shown(given)}."
-        )
-    options = {str(key).replace("-", "_"): value for key, value in given.items()}
-    for flag, key, value in (
-        ("--spec-method", "method", args.spec_method),
-        ("--spec-model", "model", args.spec_model),
-        ("--spec-tokens", "num_speculative_tokens", args.spec_tokens),
-    ):
-        if value is None:
-            continue
-        if key in options:
-            raise ConfigurationError(
-                f"{flag} and {key} in --speculative-config say the same thing: give one of them."
-            )
-        options[key] = value
-    method, model = options.get("method"), options.get("model")
-    if method == METHOD or (method is None and (model == METHOD or _is_checkpoint(model))):
-        twice = {str(key).replace("-", "_") for key in given if "-" in str(key)} & set(given)
-        if twice:
-            raise ConfigurationError(
-                f"--speculative-config gives {', '.join(sorted(twice))} twice, once with a hyphen."
-            )
-        return options
-    if isinstance(method, str) and difflib.get_close_matches(method, [METHOD], cutoff=0.8):
-        raise ConfigurationError(
-            f"the speculative method {method!r} does not exist: did you mean {METHOD!r}?"
-        )
-    return None
 
 
 _only_v1: ContextVar[bool] = ContextVar("only_v1", default=False)
@@ -139,8 +106,7 @@ def stand_in_method() -> str:
 
 def fits_its_runner(config: VllmConfig) -> bool:
     """False where our method was translated for V2 and vLLM picked V1."""
-    speculative = config.speculative_config
-    if speculative is None or (speculative.model, speculative.method) != (PROPOSER, STAND_IN):
+    if not is_ours(config) or config.speculative_config.method != STAND_IN:
         return True
     return bool(config.use_v2_model_runner)
 
@@ -156,68 +122,92 @@ def for_v1() -> Iterator[None]:
 
 
 @contextmanager
-def preferred_block_size(args: EngineArgs) -> Iterator[None]:
-    """On a CPU, while a configuration is made: blocks of 32 where the user set no size."""
+def preferences(args: EngineArgs) -> Iterator[None]:
+    """While a configuration of our method is made: what it prefers where the user set nothing.
+
+    On a CPU blocks of 32. Under the V1 runner no async scheduling, which vLLM would turn off with a warning.
+    """
     from vllm.platforms import current_platform
 
-    if args.block_size is not None or not current_platform.is_cpu() or requested(args) is None:
-        yield
-        return
-    args.block_size = CPU_BLOCK_SIZE
+    preferred: dict[str, Any] = {}
+    if current_platform.is_cpu():
+        preferred["block_size"] = CPU_BLOCK_SIZE
+    if stand_in_method() != STAND_IN:
+        preferred["async_scheduling"] = False
+    unset = [name for name in preferred if getattr(args, name) is None]
+    for name in unset:
+        setattr(args, name, preferred[name])
     try:
         yield
     finally:
-        args.block_size = None
+        for name in unset:
+            setattr(args, name, None)
+
+
+def check_resolved(config: VllmConfig) -> None:
+    """Check a finished configuration, if it is one of our method's.
+
+    Raises:
+        ConfigurationError: where vLLM made something of the arguments that our method is not served with.
+    """
+    if is_ours(config):
+        refusals.check_resolved(config)
+
+
+def is_ours(config: VllmConfig) -> bool:
+    """Whether a configuration was made for our method."""
+    speculative = config.speculative_config
+    return speculative is not None and speculative.model == PROPOSER
+
+
+def _check_combination(
+    args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
+) -> None:
+    from vllm_hidden_transfer.patches import catalogue
+    from vllm_hidden_transfer.patches.base import MissingSurfaceError
+
+    v2 = stand_in_method() == STAND_IN
+    refusals.check_arguments(args, model_config, parallel_config, v2=v2)
+    try:
+        catalogue.check_engine(v2=v2)
+    except MissingSurfaceError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def _draft_source(additional: object) -> str | None:
     """The draft source that tests and measurements name in --additional-config."""
     if not isinstance(additional, dict | None):
         raise ConfigurationError(
-            f"--additional-config must be an object of options, not {_shown(additional)}."
+            f"--additional-config must be an object of options, not {shown(additional)}."
         )
     own = (additional or {}).get(METHOD, {})
     source = own.get("draft_source") if isinstance(own, dict) else None
     if not isinstance(own, dict) or not isinstance(source, str | None):
         raise ConfigurationError(
             f"{METHOD} in --additional-config is the plugin's own and holds nothing of this kind: "
-            f"{_shown(own)}."
+            f"{shown(own)}."
+        )
+    if source is not None and os.environ.get(TEST_DRAFTS_VARIABLE) != "1":
+        raise ConfigurationError(
+            f"draft_source in --additional-config is for tests and measurements, which set {TEST_DRAFTS_VARIABLE}=1: "
+            "leave it out."
         )
     return source
-
-
-def _is_checkpoint(model: object) -> bool:
-    if not isinstance(model, str):
-        return False
-    try:
-        path = Path(model) / "config.json"
-        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(data, dict) and data.get("speculators_model_type") == METHOD
-
-
-def _shown(value: object) -> str:
-    """What the user gave, for a message: Python refuses to write out very long numbers and very deep lists."""
-    try:
-        return repr(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__}"
 
 
 def _check_options(options: dict[str, Any]) -> None:
     for key in options:
         if key not in OPTIONS:
-            near = difflib.get_close_matches(key[:64], OPTIONS, n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(key[:64], OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(OPTIONS)}."
             raise ConfigurationError(
-                f"hidden_transfer has no option {key!r} in --speculative-config: "
-                f"the nearest is {near!r} (all: {', '.join(OPTIONS)})."
+                f"hidden_transfer has no option {key!r} in --speculative-config: {hint}"
             )
     allow = options.get("allow_target_mismatch", False)
     if not isinstance(allow, bool):
         raise ConfigurationError(
             f"allow_target_mismatch in --speculative-config must be true or false, "
-            f"not {_shown(allow)}."
+            f"not {shown(allow)}."
         )
 
 
@@ -225,119 +215,32 @@ def _checked_budget(budget: object) -> int:
     if not isinstance(budget, int) or isinstance(budget, bool) or not 1 <= budget <= MAX_BUDGET:
         raise ConfigurationError(
             f"num_speculative_tokens (the nodes of a tree) must be an integer from 1 to "
-            f"{MAX_BUDGET}, not {_shown(budget)}."
+            f"{MAX_BUDGET}, not {shown(budget)}."
         )
     return budget
 
 
-def _check_combination(
-    args: EngineArgs, model_config: ModelConfig, parallel_config: ParallelConfig
-) -> None:
-    """Refuse what was not tried, naming the option."""
-    from vllm import envs
-    from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON
-
-    from vllm_hidden_transfer.patches import catalogue
-
-    refused = {
-        "this device: it verifies trees on CPUs only so far, so serve on a CPU or without it": (
-            not current_platform.is_cpu()
-        ),
-        "VLLM_USE_V2_MODEL_RUNNER=1 without Triton, which vLLM's V2 runner needs: unset it": (
-            bool(envs.VLLM_USE_V2_MODEL_RUNNER) and not HAS_TRITON
-        ),
-        "--enable-lora under the V2 model runner: set VLLM_USE_V2_MODEL_RUNNER=0": (
-            args.enable_lora and stand_in_method() == STAND_IN
-        ),
-        "batch-sharded sampling: leave --enable-batch-sharded-sampling off": (
-            parallel_config.enable_batch_sharded_sampling
-        ),
-        "--watermark-config: its drafts and its target need noise of their own": (
-            args.watermark_config is not None
-        ),
-        "--return-sampling-mask: leave it off": args.return_sampling_mask,
-        "--enable-trace-replay: leave it off": args.enable_trace_replay,
-        "--pipeline-parallel-size above 1: use --tensor-parallel-size": (
-            parallel_config.pipeline_parallel_size > 1
-        ),
-        "context parallelism: leave it off": (
-            parallel_config.decode_context_parallel_size > 1
-            or parallel_config.prefill_context_parallel_size > 1
-        ),
-        "micro-batching: leave --enable-dbo off": parallel_config.use_ubatching,
-        "--kv-transfer-config: connectors ship K/V before the accepted path is in place": (
-            args.kv_transfer_config is not None
-        ),
-        "--worker-cls: leave it at its default": args.worker_cls != "auto",
-        "custom logits processors: leave --logits-processors off and uninstall packages with entry "
-        "points in vllm.logits_processors": (
-            bool(args.logits_processors) or bool(entry_points(group="vllm.logits_processors"))
-        ),
-        f"this model ({model_config.architecture}): it has latent attention (MLA)": (
-            model_config.use_mla
-        ),
-        f"this model ({model_config.architecture}): it has recurrent layers": (
-            model_config.is_hybrid or model_config.is_attention_free
-        ),
-        f"this model ({model_config.architecture}): its positions are multi-dimensional": (
-            model_config.uses_mrope
-        ),
-        f"this model ({model_config.architecture}): it is an encoder-decoder": (
-            model_config.is_encoder_decoder
-        ),
-        "--runner pooling: it drafts for text generation": model_config.runner_type != "generate",
-    }
-    for what, applies in refused.items():
-        if applies:
-            raise ConfigurationError(f"hidden_transfer does not work with {what}.")
-    catalogue.check_engine(v2=stand_in_method() == STAND_IN)
-
-
-def _checkpoint_folder(model: object, target: str) -> Path:
+def _checkpoint_folder(model: object, target: Target) -> Path:
     if model is not None and not isinstance(model, str):
         raise ConfigurationError(
             "model in --speculative-config must be the folder of a transfer checkpoint, "
-            f"not {_shown(model)}."
+            f"not {shown(model)}."
         )
-    if model not in (None, METHOD):
-        folder = Path(model)
-        try:
-            exists = folder.exists()
-        except OSError as error:
-            raise ConfigurationError(
-                f"the transfer checkpoint {folder} cannot be read ({error.strerror})."
-            ) from error
-        if not exists:
-            raise ConfigurationError(
-                f"there is no transfer checkpoint at {folder}: give the folder that "
-                "`vllm-hidden-transfer train` wrote."
-            )
-        return folder
-    folder = _target_folder(target) / METHOD
-    if not folder.is_dir():
+    if model in (None, METHOD):
+        return target_files.own_checkpoint(target)
+    folder = Path(model)
+    try:
+        exists = folder.exists()
+    except OSError as error:
         raise ConfigurationError(
-            f"there is no transfer checkpoint in the target's folder (looked for {folder}): "
-            'name one with --speculative-config \'{"method": "hidden_transfer", "model": "FOLDER"}\'.'
+            f"the transfer checkpoint {folder} cannot be read ({error.strerror})."
+        ) from error
+    if not exists:
+        raise ConfigurationError(
+            f"there is no transfer checkpoint at {folder}: give the folder that "
+            "`vllm-hidden-transfer train` wrote."
         )
     return folder
-
-
-def _target_folder(target: str) -> Path:
-    """The folder of a target given as a folder or as a hub id whose snapshot is in the local cache."""
-    if Path(target).is_dir():
-        return Path(target)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(target, local_files_only=True))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ConfigurationError(
-            f"the target {target} is no local folder, so no checkpoint can be found or checked "
-            "beside it: name one with --speculative-config "
-            '\'{"method": "hidden_transfer", "model": "FOLDER", "allow_target_mismatch": true}\'.'
-        ) from error
 
 
 def _load_config(folder: Path) -> TransferConfig:
@@ -381,16 +284,3 @@ def _check_structure(model_config: ModelConfig) -> None:
         check_model_config(model_config)
     except UnfitTargetError as error:
         raise ConfigurationError(str(error)) from error
-
-
-def _target_mismatch(config: TransferConfig, folder: Path, target: str) -> str | None:
-    """What says that the checkpoint is for another target of the same shape; None where nothing does."""
-    from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
-
-    try:
-        found = fingerprint_target(_target_folder(target))
-    except (FingerprintError, ConfigurationError) as error:
-        return f"the weights of {target} cannot be compared with the transfer checkpoint ({error})"
-    if found == config.target.fingerprint:
-        return None
-    return f"the transfer checkpoint {folder} was trained for other weights than those of {target}"
