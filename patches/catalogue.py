@@ -10,11 +10,17 @@ from vllm_hidden_transfer.patches import (
     engine_args,
     sampling_parameters,
     seeded_chunks,
+    streaming_sessions,
     thinking_budgets,
 )
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
-AT_START: tuple[Patch, ...] = (engine_args.PATCH, cli_options.PATCH, sampling_parameters.PATCH)
+AT_START: tuple[Patch, ...] = (
+    engine_args.PATCH,
+    cli_options.PATCH,
+    sampling_parameters.PATCH,
+    streaming_sessions.PATCH,
+)
 """Applied in every process in which vLLM loads plugins."""
 
 IN_WORKERS: tuple[Patch, ...] = (
@@ -30,6 +36,7 @@ _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 
 SUBCLASSED: tuple[Surface, ...] = (
     *sampling_parameters.SURFACES_IN_WORKERS,
+    *streaming_sessions.SURFACES_IN_ENGINES,
     Surface(
         _RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")
     ),
