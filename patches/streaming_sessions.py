@@ -16,6 +16,7 @@ SURFACES_IN_ENGINES = (
 )
 """What ``mend`` builds on, apart because the scheduler is too heavy to import at every start."""
 
+
 def _install() -> None:
     from vllm.config import SchedulerConfig
 

@@ -31,9 +31,7 @@ def scheduler(target: Path, **options: Any) -> Any:
     )
     config = args.create_engine_config()
     config.cache_config.num_gpu_blocks = 16
-    cache = FullAttentionSpec(
-        block_size=BLOCK, num_kv_heads=4, head_size=32, dtype=torch.float32
-    )
+    cache = FullAttentionSpec(block_size=BLOCK, num_kv_heads=4, head_size=32, dtype=torch.float32)
     made = config.scheduler_config.get_scheduler_cls()(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(16, [], [KVCacheGroupSpec(["layer"], cache)]),
@@ -134,7 +132,7 @@ def test_a_seeded_session_gets_no_drafts(random_target: Path) -> None:
 
 
 def test_stock_counts_a_path_behind_the_end(random_target: Path) -> None:
-    """Retires patches/streaming_sessions.py but for seeded sessions. It also shows that other engines are left alone."""
+    """Retires patches/streaming_sessions.py but for seeded sessions; it also shows that other engines stay stock."""
     made = scheduler(random_target, **STOCK)
     request = answered(made, max_tokens=3)
     assert request.num_tokens == len(PROMPT) + 3
