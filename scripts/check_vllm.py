@@ -73,6 +73,11 @@ vllm.v1.sample.logits_processor.MinTokensLogitsProcessor.logits_slice
 vllm.v1.sample.logits_processor.MinTokensLogitsProcessor.min_toks
 vllm.v1.sample.logits_processor.MinTokensLogitsProcessor.restore_logits_slice
 vllm.v1.sample.logits_processor.MinTokensLogitsProcessor.update_state
+vllm.v1.request.Request.num_computed_tokens
+vllm.v1.request.Request.num_output_placeholders
+vllm.v1.request.Request.num_tokens
+vllm.v1.request.Request.resumable
+vllm.v1.request.Request.spec_token_ids
 vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu
 vllm.v1.spec_decode.metadata.SpecDecodeMetadata.num_draft_tokens
 vllm.model_executor.layers.attention.attention.set_default_quant_scales

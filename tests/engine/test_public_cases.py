@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 from tests.support.answers import Answer, ask, assert_same
+from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import engine, planted_options, random_prompts
 from tests.support.http_cases import assert_alike, post, stream
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
@@ -269,6 +270,42 @@ def test_priorities_and_processed_logprobs(random_target: Path, tmp_path: Path) 
         answers, preemptions = crowded(llm)
     assert preemptions > 0
     assert_same(reference, answers)
+
+
+WAYS: dict[str, list[str]] = {
+    "a trailing slash": ["--speculative-model", "{checkpoint}/"],
+    "dotted options": [
+        "--speculative-config.method",
+        "hidden_transfer",
+        "--speculative-config.model",
+        "{checkpoint}",
+        "--speculative-config.num_speculative_tokens",
+        "5",
+    ],
+    "a file of options": ["--config", "{options}"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_names_of_folders_and_options(way: str, random_target: Path, tmp_path: Path) -> None:
+    """A target with spaces in its path, reached through a link, and the other ways to name its maps."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    (tmp_path / "a folder").mkdir()
+    target = tmp_path / "a folder" / "the target"
+    target.symlink_to(random_target)
+    checkpoint = random_checkpoint(tmp_path / "some maps", random_target)
+    options = tmp_path / "options.yaml"
+    options.write_text(f"speculative-model: {checkpoint}\nmax-num-seqs: 3\n")
+    filled = [each.format(checkpoint=checkpoint, options=options) for each in WAYS[way]]
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    known = ["--model", str(target), "--skip-tokenizer-init", "--dtype", "float32"]
+    config = AsyncEngineArgs.from_cli_args(
+        parser.parse_args([*known, *filled])
+    ).create_engine_config()
+    assert Path(config.additional_config["hidden_transfer"]["checkpoint"]) == checkpoint
+    assert config.model_config.model == str(target)
 
 
 ODD: dict[str, tuple[int, dict[str, Any]]] = {
