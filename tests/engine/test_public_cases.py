@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from tests.support.answers import Answer, ask, assert_same
 from tests.support.checkpoints import random_checkpoint
-from tests.support.engines import engine, planted_options, random_prompts
+from tests.support.engines import counters_of, engine, planted_options, random_prompts
 from tests.support.http_cases import assert_alike, post, stream
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
 from tests.support.servers import metric, serve
@@ -88,10 +88,16 @@ def full_context(url: str, target: Path) -> Any:
     return replies
 
 
+def embeddings(target: Path) -> torch.Tensor:
+    """The target's own, [vocabulary, hidden size]."""
+    with safe_open(target / "model.safetensors", "pt") as weights:
+        table: torch.Tensor = weights.get_tensor("model.embed_tokens.weight").float()
+    return table
+
+
 def prompt_embeds(url: str, target: Path) -> Any:
     """57356."""
-    with safe_open(target / "model.safetensors", "pt") as weights:
-        table = weights.get_tensor("model.embed_tokens.weight").float()
+    table = embeddings(target)
     encoded = io.BytesIO()
     torch.save(table[random_prompts(1, lengths=[37], vocabulary=40000)[0]], encoded)
     body = {"prompt_embeds": base64.b64encode(encoded.getvalue()).decode(), "max_tokens": 24}
@@ -204,6 +210,7 @@ def replies(demo_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return both[0], both[1]
 
 
+@pytest.mark.matrix
 @pytest.mark.xdist_group("public_cases")
 @pytest.mark.parametrize("case", CASES)
 def test_over_http(case: str, replies: tuple[Replies, Replies]) -> None:
@@ -215,6 +222,63 @@ def test_over_http(case: str, replies: tuple[Replies, Replies]) -> None:
         texts = [reply["choices"][0]["text"] for reply in replies[0][case]]
         assert any(ord(letter) > 127 for text in texts for letter in text)
         assert not any("�" in text for text in texts)
+
+
+def in_process(llm: Any, target: Path) -> dict[str, list[Answer]]:
+    """Multi-byte text, log-probabilities of prompts, a nearly full context, and embedded prompts, without a server."""
+    from vllm import SamplingParams
+
+    from tests.support.answers import answers_of
+
+    table = embeddings(target)
+    long, short = random_prompts(2, lengths=[490, 37], vocabulary=40000)
+    embedded = {"prompt_embeds": table[short]}
+    greedy: dict[str, Any] = {"temperature": 0.0, "max_tokens": 40}
+    seeded = {**greedy, "temperature": 0.8, "seed": 5}
+    scored = {**greedy, "logprobs": 3, "prompt_logprobs": 2}
+    to_the_end = {**greedy, "ignore_eos": True}
+    cases: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+        "multibyte": [(text, greedy) for text in MULTIBYTE],
+        "prompt_logprobs": [
+            ("The capital of France is", {**scored, "max_tokens": tokens, **more})
+            for tokens, more in ((1, {}), (12, {}), (12, {"prompt_logprob_start": 2}))
+        ],
+        "full_context": [
+            ({"prompt_token_ids": long}, {**to_the_end, "max_tokens": CONTEXT - 490 - less})
+            for less in (0, 1)
+        ],
+        "embeddings alone": [(embedded, greedy)],
+        "embeddings beside text": [(embedded, greedy), (embedded, seeded), ("One, two,", greedy)],
+    }
+    found = {}
+    for name, requests in cases.items():
+        prompts = [prompt for prompt, _ in requests]
+        sampling = [SamplingParams(**each) for _, each in requests]
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        found[name] = [answer for output in outputs for answer in answers_of(output)]
+    assert [len(answer.token_ids) for answer in found["full_context"]] == [22, 21]
+    return found
+
+
+def test_without_a_server(demo_target: Path) -> None:
+    """5890, 7742, 17876, 34497 (log-probabilities of prompts), 7047, 57941 (contexts), 57356 (embeddings)."""
+    options = {
+        "skip_tokenizer_init": False,
+        "enable_prompt_embeds": True,
+        "enable_prefix_caching": True,
+        "max_model_len": CONTEXT,
+    }
+    with engine(demo_target, **options) as llm:
+        reference = in_process(llm, demo_target)
+    way = {"speculative_config": {"method": "hidden_transfer"}}
+    with engine(demo_target, **options, **way) as llm:
+        answers = in_process(llm, demo_target)
+        assert counters_of(llm).accepted_tokens > 50
+    for name, expected in reference.items():
+        assert_same(expected, answers[name])
+    texts = [answer.text for answer in reference["multibyte"]]
+    assert any(ord(letter) > 127 for text in texts for letter in text)
+    assert not any("�" in text for text in texts)
 
 
 BLOCK_BYTES = 8 * 2 * 4 * 32 * 4 * 32
