@@ -240,8 +240,7 @@ def in_process(llm: Any, target: Path) -> dict[str, list[Answer]]:
     cases: dict[str, list[tuple[Any, dict[str, Any]]]] = {
         "multibyte": [(text, greedy) for text in MULTIBYTE],
         "prompt_logprobs": [
-            ("The capital of France is", {**scored, "max_tokens": tokens, **more})
-            for tokens, more in ((1, {}), (12, {}), (12, {"prompt_logprob_start": 2}))
+            ("The capital of France is", {**scored, "max_tokens": tokens}) for tokens in (1, 12)
         ],
         "full_context": [
             ({"prompt_token_ids": long}, {**to_the_end, "max_tokens": CONTEXT - 490 - less})
@@ -281,11 +280,9 @@ def test_without_a_server(demo_target: Path) -> None:
     assert not any("�" in text for text in texts)
 
 
-BLOCK_BYTES = 8 * 2 * 4 * 32 * 4 * 32
-"""One block of 32 tokens of the random target in fp32: layers, keys and values, heads, head size, bytes, tokens."""
 CROWDED: dict[str, Any] = {
     "scheduling_policy": "priority",
-    "kv_cache_memory_bytes": 11 * BLOCK_BYTES,
+    "num_gpu_blocks_override": 11,
     "max_model_len": 256,
     "max_num_seqs": 4,
     "logprobs_mode": "processed_logprobs",
