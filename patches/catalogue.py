@@ -11,6 +11,7 @@ from vllm_hidden_transfer.patches import (
     log_lines,
     sampling_parameters,
     seeded_chunks,
+    streaming_sessions,
     thinking_budgets,
 )
 from vllm_hidden_transfer.patches.base import Patch, Surface
@@ -20,6 +21,7 @@ AT_START: tuple[Patch, ...] = (
     cli_options.PATCH,
     log_lines.PATCH,
     sampling_parameters.PATCH,
+    streaming_sessions.PATCH,
 )
 """Applied in every process in which vLLM loads plugins."""
 
@@ -36,6 +38,7 @@ _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 
 SUBCLASSED: tuple[Surface, ...] = (
     *sampling_parameters.SURFACES_IN_WORKERS,
+    *streaming_sessions.SURFACES_IN_ENGINES,
     Surface(
         _RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")
     ),

@@ -43,7 +43,7 @@ def answers_of(output: Any) -> list[Answer]:
     """The completions of a vLLM ``RequestOutput``."""
     return [
         Answer(
-            list(output.prompt_token_ids),
+            list(output.prompt_token_ids or ()),
             list(completion.token_ids),
             completion.text,
             completion.finish_reason,
