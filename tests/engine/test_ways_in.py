@@ -18,7 +18,7 @@ import pytest
 import zmq
 
 from tests.matrix.rows import THINK, THINK_END
-from tests.support.engines import PLANTED, relative_gap
+from tests.support.engines import PLANTED, Texts, assert_identical
 from tests.support.http_cases import assert_alike, post, stream
 from tests.support.models import VOCABULARY, add_tokenizer, random_adapter, random_model
 from tests.support.servers import VLLM, chat, metric, serve
@@ -284,20 +284,15 @@ def test_long_prompts_with_stock_kv_split_and_two_threads(
         for length in (len(story), len(story) // 2, 300)
     ]
     both: list[list[Any]] = []
-    for name, way in (("off", ()), ("on", ("--speculative-model", "hidden_transfer"))):
+    ways: dict[str, tuple[str, ...]] = {"off": (), "on": ("--speculative-model", "hidden_transfer")}
+    for name, way in ways.items():
         with (
             serve(demo_target, *options, *way, log=tmp_path / f"{name}.log") as url,
             ThreadPoolExecutor() as pool,
         ):
             both.append(list(pool.map(lambda body: post(url, COMPLETIONS, body), bodies)))
             assert (metric(url, ACCEPTED) > 40) == bool(way)
-    for one, other in zip(*both, strict=True):
-        assert_same_but_for_ties(one["choices"][0], other["choices"][0], demo_target)
-
-
-def assert_same_but_for_ties(one: dict[str, Any], other: dict[str, Any], target: Path) -> None:
-    """The same tokens up to a place where the two best logits are as good as equal (1e-5, in fp32)."""
-    pairs = zip(one["token_ids"], other["token_ids"], strict=True)
-    place = next((index for index, (a, b) in enumerate(pairs) if a != b), None)
-    if place is not None:
-        assert relative_gap(target, [*one["prompt_token_ids"], *one["token_ids"][:place]]) < 1e-5
+    choices = [[reply["choices"][0] for reply in replies] for replies in both]
+    prompts = [choice["prompt_token_ids"] for choice in choices[0]]
+    off, on = ([choice["token_ids"] for choice in side] for side in choices)
+    assert_identical(Texts(prompts, off), Texts(prompts, on), demo_target, max_model_len=4096)
