@@ -68,7 +68,7 @@ def sequences_of(replies: Any) -> Iterator[list[int]]:
             yield from sequences_of(each)
     elif isinstance(replies, dict):
         for choice in replies.get("choices", ()):
-            prompt = choice.get("prompt_token_ids") or replies.get("prompt_token_ids")
+            prompt: list[int] = choice.get("prompt_token_ids") or replies["prompt_token_ids"]
             yield [*prompt, *choice["token_ids"]]
         yield from sequences_of([each for key, each in replies.items() if key != "choices"])
 
