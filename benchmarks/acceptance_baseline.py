@@ -22,14 +22,14 @@ import typer
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
+from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer, draft
 from vllm_hidden_transfer.evaluation.study import bigram_tables, judged_answers
 from vllm_hidden_transfer.evaluation.walks import BigramDrafter, Drafter, OnePassDrafter, walk
-from vllm_hidden_transfer.training.cache import read_examples
+from vllm_hidden_transfer.offline.cache import read_examples
+from vllm_hidden_transfer.offline.prefixes import PrefixPasses
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.generate import GenerateSettings, generate
-from vllm_hidden_transfer.training.prefixes import PrefixPasses
-from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "examples/smollm2-135m"

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_hidden_transfer.config import one_sentence
+from vllm_hidden_transfer.checkpoint.config import one_sentence
 from vllm_hidden_transfer.versions import TESTED_SERIES
 
 INSTEAD = (

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.machine import this_machine
 from vllm_hidden_transfer.tree import (
     Scratch,
     TokenTree,

@@ -16,8 +16,8 @@ from demo_prompts import training_prompts
 from demo_target import DEFAULT_FOLDER, REPOSITORY
 from rich.console import Console
 
+from vllm_hidden_transfer.offline.rows import DataError
 from vllm_hidden_transfer.training.generate import GenerateError, GenerateSettings, generate
-from vllm_hidden_transfer.training.rows import DataError
 
 SEED = 20261121
 DEFAULT_OUTPUT = REPOSITORY / "work" / "demo_data.jsonl"

@@ -19,13 +19,13 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from vllm_hidden_transfer.evaluation.acceptance import Acceptance, acceptance
-from vllm_hidden_transfer.evaluation.engine_process import (
+from vllm_hidden_transfer.bench.engine_process import (
     EngineProcess,
     Generation,
     spec_counters,
 )
-from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
+from vllm_hidden_transfer.evaluation.acceptance import Acceptance, acceptance
+from vllm_hidden_transfer.machine import this_commit, this_machine
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("all", "chat", "code", "editing")

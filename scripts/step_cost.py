@@ -29,21 +29,21 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy import stats
 
-from vllm_hidden_transfer.engine.settings import TEST_DRAFTS_VARIABLE
-from vllm_hidden_transfer.evaluation.engine_process import EngineProcess
-from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
-from vllm_hidden_transfer.evaluation.planted import ANSWERS_VARIABLE, Shape, write_answers
-from vllm_hidden_transfer.evaluation.step_cost import (
+from vllm_hidden_transfer.bench.engine_process import EngineProcess
+from vllm_hidden_transfer.bench.planted import ANSWERS_VARIABLE, Shape, write_answers
+from vllm_hidden_transfer.bench.step_cost import (
     CHECKPOINT_VARIABLE,
     FOLDER_VARIABLE,
     Control,
 )
-from vllm_hidden_transfer.transfer import load_checkpoint
+from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
+from vllm_hidden_transfer.engine.settings import TEST_DRAFTS_VARIABLE
+from vllm_hidden_transfer.machine import this_commit, this_machine
 
 ROOT = Path(__file__).parents[1]
 TREES = (4, 8, 16)
 BATCH_SIZES = (1, 8)
-MODULE = "vllm_hidden_transfer.evaluation.step_cost"
+MODULE = "vllm_hidden_transfer.bench.step_cost"
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.prefixes import PrefixPasses
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps, write_atomically
+from vllm_hidden_transfer.machine import this_commit, this_machine
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import PrefixPasses
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.ridge import ridge_maps
-from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import Trainer, TrainingConfig
-from vllm_hidden_transfer.transfer import TransferMaps, write_atomically
 
 GB = 1e9
 ALLOWED = 2 * GB

@@ -71,13 +71,13 @@ MUTATIONS = (
     ),
     Mutation(
         "compaction skipped",
-        "engine/runner.py",
+        "engine/v1/runner.py",
         (("self.compact(rows, slots)", "self.compact([], [])"),),
         IDENTITY,
     ),
     Mutation(
         "parents out of step with tokens",
-        "engine/runner.py",
+        "engine/v1/runner.py",
         (
             (
                 "self.trees[request_id] = tree",
@@ -90,13 +90,13 @@ MUTATIONS = (
     ),
     Mutation(
         "truncation ignored",
-        "engine/runner.py",
+        "engine/v1/runner.py",
         (("return tree.truncated(len(tokens))", "return tree"),),
         IDENTITY,
     ),
     Mutation(
         "stale tree",
-        "engine/runner.py",
+        "engine/v1/runner.py",
         (
             ("self.trees[request_id] = tree", "self.trees.setdefault(request_id, tree)"),
             ("self.trees.pop(request_id, None)", "self.trees.get(request_id)"),
@@ -109,19 +109,19 @@ MUTATIONS = (
     ),
     Mutation(
         "hidden state of the wrong row",
-        "engine/runner.py",
+        "engine/v1/runner.py",
         (("return self.root_row(request) + node + 1", "return self.root_row(request) + node"),),
         DRAFTS,
     ),
     Mutation(
         "penalty path ignored",
-        "engine/sampling.py",
+        "engine/v1/sampling.py",
         (("[*outputs[request], *walk.tokens[request]]", "[*outputs[request]]"),),
         PENALISED,
     ),
     Mutation(
         "seed row shifted",
-        "engine/sampling.py",
+        "engine/v1/sampling.py",
         (
             (
                 "place: metadata.generators[request]",
@@ -132,7 +132,7 @@ MUTATIONS = (
     ),
     Mutation(
         "bonus token doubled",
-        "engine/sampling.py",
+        "engine/v1/sampling.py",
         (
             (
                 "(num_requests, len(steps)), PLACEHOLDER",
@@ -147,13 +147,13 @@ MUTATIONS = (
     ),
     Mutation(
         "min_tokens counts no path",
-        "engine/sampling.py",
+        "engine/v1/sampling.py",
         (("if len(output) + len(walk.tokens[request]) < minimum:", "if len(output) < minimum:"),),
         "tests/matrix/test_features.py::test_identical[default-min_tokens]",
     ),
     Mutation(
         "min_p of another request",
-        "engine/sampling.py",
+        "engine/v1/sampling.py",
         (
             (
                 "picked.min_p = processor.min_p[requests]",
@@ -182,7 +182,7 @@ MUTATIONS = (
     ),
     Mutation(
         "calibration ignored",
-        "engine/transfer_source.py",
+        "engine/v1/transfer_source.py",
         (
             (
                 "list(self.config.calibration.temperatures)",
@@ -193,19 +193,19 @@ MUTATIONS = (
     ),
     Mutation(
         "one scratch block for the draft rows of all",
-        "engine/transfer_source.py",
+        "engine/v1/transfer_source.py",
         (("= next(scratch)", "= runner.store.scratch[0]"),),
         f"{REQUESTS}::test_rows_without_a_block_are_the_requests_own",
     ),
     Mutation(
         "one request's blocks for the draft rows of all",
-        "engine/transfer_source.py",
+        "engine/v1/transfer_source.py",
         (("table.block_table.np[row, :allocated]", "table.block_table.np[0, :allocated]"),),
         f"{REQUESTS}::test_drafts_are_made_with_the_requests_adapter",
     ),
     Mutation(
         "the first request's adapter for the draft rows of all",
-        "engine/runner.py",
+        "engine/v1/runner.py",
         (
             (
                 "counts[batch_rows] = rows_each",
@@ -216,13 +216,13 @@ MUTATIONS = (
     ),
     Mutation(
         "trees of finished requests kept",
-        "engine/runner.py",
+        "engine/v1/runner.py",
         (("        self.trees.pop(req_id, None)\n", ""),),
         "tests/engine/test_trees_of_requests.py::test_nothing_is_kept_of_requests_that_are_gone",
     ),
     Mutation(
         "whole trees under a grammar",
-        "engine/runner.py",
+        "engine/v1/runner.py",
         (
             (
                 "return tree if params.structured_outputs is None else limit_runs(tree, 1)",

@@ -28,10 +28,10 @@ from rich.console import Console
 from tests.support.engines import PLANTED, Asker
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
 from tests.support.servers import metric, serve
+from vllm_hidden_transfer.bench import planted
+from vllm_hidden_transfer.bench.engine_process import EngineProcess
 from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, judge
 from vllm_hidden_transfer.engine.settings import TEST_DRAFTS_VARIABLE
-from vllm_hidden_transfer.evaluation import planted
-from vllm_hidden_transfer.evaluation.engine_process import EngineProcess
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "work" / "soak.json"

@@ -61,8 +61,8 @@ def demo(
     ),
 ) -> None:
     """Answer questions side by side: no speculation and hidden transfer in the same vLLM."""
-    from vllm_hidden_transfer.evaluation.demo import DemoError, Settings, run_demo
-    from vllm_hidden_transfer.evaluation.engine_process import EngineDiedError
+    from vllm_hidden_transfer.bench.demo import DemoError, Settings, run_demo
+    from vllm_hidden_transfer.bench.engine_process import EngineDiedError
 
     settings = Settings(
         target=target,
@@ -140,8 +140,8 @@ def generate(
     """
     from pydantic import ValidationError
 
+    from vllm_hidden_transfer.offline.rows import DataError, first_problem
     from vllm_hidden_transfer.training import generate as generating
-    from vllm_hidden_transfer.training.rows import DataError, first_problem
 
     options = {
         "target": target,
@@ -199,8 +199,8 @@ def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of the transfer maps.")],
 ) -> None:
     """Show what a transfer checkpoint says about itself, its tensors, and what `eval` found."""
+    from vllm_hidden_transfer.checkpoint.maps import CheckpointError, load_checkpoint
     from vllm_hidden_transfer.evaluation.inspection import checkpoint_table, print_study
-    from vllm_hidden_transfer.transfer import CheckpointError, load_checkpoint
 
     console = Console(highlight=False)
     try:

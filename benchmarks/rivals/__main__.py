@@ -16,15 +16,15 @@ from benchmarks.rivals.compare import Bench, ComparisonError, Origin, compare
 from benchmarks.rivals.contestants import CONTESTANTS, Sources
 from benchmarks.rivals.report import write_report
 from benchmarks.rivals.states import FinalStates
-from vllm_hidden_transfer.config import one_sentence
-from vllm_hidden_transfer.evaluation.machine import this_commit, this_machine
+from vllm_hidden_transfer.checkpoint.config import one_sentence
+from vllm_hidden_transfer.checkpoint.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.evaluation.preparation import progress_bar, read_answers, spread_by_group
-from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.machine import this_commit, this_machine
+from vllm_hidden_transfer.offline.rows import DataError
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.parallel import Processes
-from vllm_hidden_transfer.training.rows import DataError
 from vllm_hidden_transfer.training.run import Corpus, prefixes_of, read_data, target_folder
 from vllm_hidden_transfer.training.settings import TrainSettings, read_settings
-from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import InterruptedTraining
 
 

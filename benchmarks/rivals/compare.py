@@ -26,15 +26,15 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from benchmarks.rivals.contestants import Choice, Contestant, Sources
+from vllm_hidden_transfer.checkpoint.maps import write_atomically
 from vllm_hidden_transfer.evaluation.calibration import fit_temperatures
 from vllm_hidden_transfer.evaluation.drafts import Drafts, JudgedAnswer, drafts_from_states
 from vllm_hidden_transfer.evaluation.preparation import progress_bar
 from vllm_hidden_transfer.evaluation.study import Judged, judge, judged_answers
 from vllm_hidden_transfer.evaluation.study_result import Group
-from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.offline.cache import Example
 from vllm_hidden_transfer.training.objective import DraftingModel, draft_loss, draw_roots
 from vllm_hidden_transfer.training.trainer import DraftTrainer, TrainingConfig
-from vllm_hidden_transfer.transfer import write_atomically
 
 BUDGETS = (8, 16, 32)
 JUDGED_TOKENS = 96

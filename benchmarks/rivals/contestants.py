@@ -14,17 +14,17 @@ from torch import nn
 from benchmarks.rivals.eagle import EagleDrafter, EagleInTraining, EagleLayer, ridge_start
 from benchmarks.rivals.medusa import MedusaHeads, MedusaInTraining
 from benchmarks.rivals.states import FinalStates
-from vllm_hidden_transfer.config import Conditioning
+from vllm_hidden_transfer.checkpoint.config import Conditioning
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps
 from vllm_hidden_transfer.evaluation.drafts import Drafts
 from vllm_hidden_transfer.evaluation.study import maps_drafter
 from vllm_hidden_transfer.evaluation.walks import Drafter, OnePassDrafter
-from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.layer_choice import draft_share
 from vllm_hidden_transfer.training.objective import DraftingModel, MapsInTraining
-from vllm_hidden_transfer.training.prefixes import Prefixes
 from vllm_hidden_transfer.training.ridge import ridge_maps, ridge_passes
-from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import TransferMaps
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from transformers import AttentionInterface
 from benchmarks.rivals.states import FinalStates
 from vllm_hidden_transfer.evaluation.chained import Follow, PathDrafter
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
-from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.objective import (
     Drafted,
     DraftingModel,
@@ -29,9 +31,7 @@ from vllm_hidden_transfer.training.objective import (
     path_tokens,
     taught_rows,
 )
-from vllm_hidden_transfer.training.prefixes import Prefixes
 from vllm_hidden_transfer.training.ridge import Moments
-from vllm_hidden_transfer.training.target import FrozenTarget
 
 _ATTENTION = "hidden_transfer_rival"
 

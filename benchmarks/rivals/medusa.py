@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals.states import FinalStates
-from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.objective import (
     Drafted,
     DraftingModel,
     TaughtRows,
     taught_rows,
 )
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget
 
 
 class MedusaHeads(nn.Module):

@@ -18,9 +18,9 @@ from benchmarks.rivals.compare import (
     kept,
 )
 from benchmarks.rivals.contestants import CONTESTANTS
+from vllm_hidden_transfer.checkpoint.maps import write_atomically
 from vllm_hidden_transfer.evaluation.study_report import Grid
 from vllm_hidden_transfer.evaluation.study_result import Group, Length
-from vllm_hidden_transfer.transfer import write_atomically
 
 Row = tuple[str, Training, Judgement]
 

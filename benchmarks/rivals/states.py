@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_hidden_transfer.evaluation.drafts import on_device
-from vllm_hidden_transfer.training.cache import Example, PrefixCache
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.offline.cache import Example, PrefixCache
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 
 _POSITIONS_AT_ONCE = 256
 

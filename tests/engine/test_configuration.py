@@ -292,7 +292,7 @@ def test_the_log_of_a_start_names_our_method_only(target: Path) -> None:
     assert "UnusedProposer" in line
     stock = {
         "method": "custom_class",
-        "model": "vllm_hidden_transfer.engine.runner.Else",
+        "model": "vllm_hidden_transfer.engine.v1.runner.Else",
         "num_speculative_tokens": 3,
     }
     theirs = said(speculative_config=stock)

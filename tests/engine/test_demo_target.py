@@ -20,7 +20,7 @@ from tests.support.engines import (
 )
 from vllm_hidden_transfer.drafting.source import DraftBatch
 from vllm_hidden_transfer.engine.cpu import TreeCPUModelRunner
-from vllm_hidden_transfer.engine.transfer_source import TransferSource
+from vllm_hidden_transfer.engine.v1.transfer_source import TransferSource
 from vllm_hidden_transfer.tree import TokenTree
 
 pytestmark = pytest.mark.engine

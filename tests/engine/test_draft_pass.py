@@ -21,12 +21,12 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
+from vllm_hidden_transfer.bench.planted import PlantedSource
+from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
 from vllm_hidden_transfer.drafting.bigram import BigramTables
 from vllm_hidden_transfer.drafting.distributions import top_candidates
 from vllm_hidden_transfer.drafting.source import DraftBatch
-from vllm_hidden_transfer.engine.transfer_source import TransferSource
-from vllm_hidden_transfer.evaluation.planted import PlantedSource
-from vllm_hidden_transfer.transfer import load_checkpoint
+from vllm_hidden_transfer.engine.v1.transfer_source import TransferSource
 from vllm_hidden_transfer.tree import TokenTree, most_probable_paths
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import SMALL, counters_of, engine, planted_options, random_prompts
 from tests.support.models import add_tokenizer, random_adapter, random_model
 from vllm_hidden_transfer.drafting.source import DraftBatch
-from vllm_hidden_transfer.engine.transfer_source import TransferSource
+from vllm_hidden_transfer.engine.v1.transfer_source import TransferSource
 from vllm_hidden_transfer.tree import TokenTree
 
 if TYPE_CHECKING:

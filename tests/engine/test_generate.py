@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.support import engines
 from tests.support.models import add_tokenizer, random_model
-from vllm_hidden_transfer.training.cache import Example, read_examples
+from vllm_hidden_transfer.offline.cache import Example, read_examples
 from vllm_hidden_transfer.training.generate import GenerateSettings, answer_with, generate
 
 pytestmark = pytest.mark.engine

@@ -23,7 +23,7 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 
@@ -95,7 +95,7 @@ def test_any_number_of_nodes_fits_a_budget(random_target: Path, tmp_path: Path) 
     """A source may return fewer nodes than the budget, none included."""
     batched = stock_texts(random_target, **CHUNKED)
     batched.plant(tmp_path / "answers.json")
-    source = "vllm_hidden_transfer.evaluation.planted:FewerNodesSource"
+    source = "vllm_hidden_transfer.bench.planted:FewerNodesSource"
     with engine(random_target, **CHUNKED, **planted_options(16, source)) as llm:
         texts = generate(llm, batched.prompts, max_tokens=NUM_TOKENS)
         counters = counters_of(llm)

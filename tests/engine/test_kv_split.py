@@ -20,7 +20,7 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
-from vllm_hidden_transfer.evaluation.engine_process import (
+from vllm_hidden_transfer.bench.engine_process import (
     EngineProcess,
     Generation,
     SpecCounters,

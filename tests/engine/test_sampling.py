@@ -16,7 +16,7 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

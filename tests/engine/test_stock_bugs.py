@@ -12,7 +12,7 @@ import pytest
 from tests.support.answers import ask
 from tests.support.engines import engine, planted_options, random_prompts
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

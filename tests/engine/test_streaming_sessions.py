@@ -17,7 +17,7 @@ import pytest
 from tests.support.engines import planted_options, random_prompts
 from tests.support.models import VOCABULARY
 from tests.support.sessions import Answered, Session, async_engine, complete, hold_all
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

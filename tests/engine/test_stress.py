@@ -16,7 +16,7 @@ from tests.support import stress
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import engine, planted_options
 from tests.support.models import VOCABULARY
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

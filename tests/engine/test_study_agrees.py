@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from tests.engine.test_demo_target import chat_prompts, with_maps
 from tests.support.engines import counters_of, engine, generate
+from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
 from vllm_hidden_transfer.evaluation.study import (
     draft_with_maps,
     judged_answers,
@@ -19,10 +20,9 @@ from vllm_hidden_transfer.evaluation.study import (
     measured,
 )
 from vllm_hidden_transfer.evaluation.walks import walk
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.prefixes import PrefixPasses
-from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import load_checkpoint
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import PrefixPasses
+from vllm_hidden_transfer.offline.target import FrozenTarget
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 

@@ -13,7 +13,7 @@ import pytest
 from tests.support.answers import Answer, ask
 from tests.support.engines import counters_of, engine, planted_options, random_prompts
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 from vllm_hidden_transfer.tree import ROOT, TokenTree
 
 pytestmark = pytest.mark.engine

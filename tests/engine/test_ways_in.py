@@ -22,7 +22,7 @@ from tests.support.engines import PLANTED, Texts, assert_identical
 from tests.support.http_cases import assert_alike, post, stream
 from tests.support.models import VOCABULARY, add_tokenizer, random_adapter, random_model
 from tests.support.servers import VLLM, chat, metric, serve
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.machine import this_machine
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "work" / "matrix"

@@ -25,8 +25,8 @@ from tests.support.engines import (
     random_prompts,
 )
 from tests.support.models import random_model
-from vllm_hidden_transfer.evaluation import planted
-from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.bench import planted
+from vllm_hidden_transfer.machine import this_machine
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 

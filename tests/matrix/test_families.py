@@ -19,7 +19,7 @@ from tests.support.engines import (
     random_prompts,
 )
 from tests.support.models import random_model
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

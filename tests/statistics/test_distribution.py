@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.engines import counters_of, engine
 from tests.support.models import random_model
-from vllm_hidden_transfer.evaluation.planted import GuessingSource
+from vllm_hidden_transfer.bench.planted import GuessingSource
 
 pytestmark = pytest.mark.engine
 
@@ -70,9 +70,7 @@ def test_sampled_texts_are_the_targets(tmp_path: Path) -> None:
     options = {
         "speculative_config": {"method": "hidden_transfer", "num_speculative_tokens": 10},
         "additional_config": {
-            "hidden_transfer": {
-                "draft_source": "vllm_hidden_transfer.evaluation.planted:GuessingSource"
-            }
+            "hidden_transfer": {"draft_source": "vllm_hidden_transfer.bench.planted:GuessingSource"}
         },
     }
     with engine(target, max_num_seqs=128, **options) as llm:

@@ -36,7 +36,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_hidden_transfer.engine.sampling import Verified, verify
+from vllm_hidden_transfer.engine.v1.sampling import Verified, verify
 from vllm_hidden_transfer.tree import ROOT, TokenTree, VerificationWalk
 
 Text = tuple[int, ...]

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.engines import counters_of, engine, planted_options
 from tests.support.models import random_model
+from vllm_hidden_transfer.bench.engine_process import SpecCounters
 from vllm_hidden_transfer.drafting.source import DraftBatch
-from vllm_hidden_transfer.evaluation.engine_process import SpecCounters
 from vllm_hidden_transfer.tree import ROOT, TokenTree
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("sampling_parameters")]

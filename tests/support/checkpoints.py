@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_hidden_transfer.config import (
+from vllm_hidden_transfer.checkpoint.config import (
     Calibration,
     Conditioning,
     SpeculatorsConfig,
@@ -18,8 +18,8 @@ from vllm_hidden_transfer.config import (
     Tree,
     Verifier,
 )
-from vllm_hidden_transfer.fingerprint import fingerprint_target
-from vllm_hidden_transfer.transfer import TransferMaps, save_checkpoint
+from vllm_hidden_transfer.checkpoint.fingerprint import fingerprint_target
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps, save_checkpoint
 
 
 def random_checkpoint(

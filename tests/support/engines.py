@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from tests.support.models import VOCABULARY
-from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, judge, parting
-from vllm_hidden_transfer.evaluation import planted
-from vllm_hidden_transfer.evaluation.engine_process import (
+from vllm_hidden_transfer.bench import planted
+from vllm_hidden_transfer.bench.engine_process import (
     EngineProcess,
     SpecCounters,
     spec_counters,
 )
+from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, judge, parting
 
-PLANTED = "vllm_hidden_transfer.evaluation.planted:PlantedSource"
+PLANTED = "vllm_hidden_transfer.bench.planted:PlantedSource"
 
 
 SMALL: Mapping[str, Any] = {

@@ -10,7 +10,7 @@ import torch
 
 from vllm_hidden_transfer.drafting.source import DraftBatch
 from vllm_hidden_transfer.engine.cpu import TreeCPUModelRunner
-from vllm_hidden_transfer.engine.transfer_source import TransferSource
+from vllm_hidden_transfer.engine.v1.transfer_source import TransferSource
 
 CHECKPOINT_VARIABLE = "VLLM_HIDDEN_TRANSFER_TEST_CHECKPOINT"
 

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch.distributed import distributed_c10d
 
 from tests.support.models import tiny_llama
-from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import PrefixPasses
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.parallel import Processes, joined_processes
-from vllm_hidden_transfer.training.prefixes import PrefixPasses
-from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import Trainer, TrainingConfig
 from vllm_hidden_transfer.training.work_lock import LOCK_FILE, sole_run
-from vllm_hidden_transfer.transfer import TransferMaps
 
 VOCABULARY, STEPS, LAYER = 97, 3, 2
 TORCH_WAITS = timedelta(seconds=2)

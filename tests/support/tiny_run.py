@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from tests.support.models import tiny_llama
-from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import PrefixPasses
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.parallel import joined_processes
-from vllm_hidden_transfer.training.prefixes import PrefixPasses
 from vllm_hidden_transfer.training.ridge import ridge_maps
-from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import Trainer, TrainingConfig
 
 VOCABULARY, STEPS, LAYER = 97, 3, 2

@@ -7,15 +7,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vllm_hidden_transfer.cli import app
-from vllm_hidden_transfer.config import (
+from vllm_hidden_transfer.checkpoint.config import (
     Calibration,
     SpeculatorsConfig,
     Target,
     TransferConfig,
     Verifier,
 )
-from vllm_hidden_transfer.transfer import TransferMaps, save_checkpoint
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps, save_checkpoint
+from vllm_hidden_transfer.cli import app
 
 runner = CliRunner()
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from tests.support.models import add_tokenizer
-from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.offline.cache import Example
 from vllm_hidden_transfer.training.layer_choice import Candidate, choose_layer
 from vllm_hidden_transfer.training.run import Corpus, read_data
 from vllm_hidden_transfer.training.settings import TrainSettings

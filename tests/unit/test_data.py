@@ -18,10 +18,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.support.models import add_tokenizer
-from vllm_hidden_transfer.training.cache import Example, is_held_out
-from vllm_hidden_transfer.training.data import Corpus, read_corpus
+from vllm_hidden_transfer.offline.cache import Example, is_held_out
+from vllm_hidden_transfer.offline.data import Corpus, read_corpus
+from vllm_hidden_transfer.offline.rows import DataError
 from vllm_hidden_transfer.training.mixture import mix
-from vllm_hidden_transfer.training.rows import DataError
 
 VOCABULARY = 400
 TEMPLATE = (

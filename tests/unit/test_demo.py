@@ -10,9 +10,8 @@ import pytest
 from rich.console import Console
 
 from tests.support.models import tiny_llama
-from vllm_hidden_transfer.bench.identity import Finding, Judgement, Verdict
-from vllm_hidden_transfer.evaluation.charts import per_depth_png, per_depth_table
-from vllm_hidden_transfer.evaluation.demo import (
+from vllm_hidden_transfer.bench.charts import per_depth_png, per_depth_table
+from vllm_hidden_transfer.bench.demo import (
     Answers,
     DemoError,
     Question,
@@ -27,8 +26,9 @@ from vllm_hidden_transfer.evaluation.demo import (
     tokens_per_second,
     verdict_lines,
 )
-from vllm_hidden_transfer.evaluation.engine_process import Generation, SpecCounters
-from vllm_hidden_transfer.evaluation.machine import parse_cpuinfo
+from vllm_hidden_transfer.bench.engine_process import Generation, SpecCounters
+from vllm_hidden_transfer.bench.identity import Finding, Judgement, Verdict
+from vllm_hidden_transfer.machine import parse_cpuinfo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_hidden_transfer.checkpoint.maps import BigramMaps
 from vllm_hidden_transfer.drafting.bigram import BigramTables
 from vllm_hidden_transfer.drafting.distributions import BIGRAM_WIDTH, top_candidates
-from vllm_hidden_transfer.transfer import BigramMaps
 from vllm_hidden_transfer.tree import most_probable_paths
 
 

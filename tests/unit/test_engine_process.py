@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hidden_transfer.evaluation.engine_process import (
+from vllm_hidden_transfer.bench.engine_process import (
     EngineDiedError,
     EngineProcess,
     Generation,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.checkpoint.fingerprint import FingerprintError, fingerprint_target
 
 Weights = dict[str, torch.Tensor]
 

@@ -22,8 +22,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from vllm_hidden_transfer.config import Conditioning, TransferConfig
-from vllm_hidden_transfer.transfer import (
+from vllm_hidden_transfer.checkpoint.config import Conditioning, TransferConfig
+from vllm_hidden_transfer.checkpoint.maps import (
     CheckpointError,
     TransferMaps,
     load_checkpoint,

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from tests.support.models import add_tokenizer, random_model
 from vllm_hidden_transfer.cli import app
-from vllm_hidden_transfer.training.cache import is_held_out, read_examples
+from vllm_hidden_transfer.offline.cache import is_held_out, read_examples
+from vllm_hidden_transfer.offline.rows import DataError
 from vllm_hidden_transfer.training.generate import (
     GenerateError,
     GenerateSettings,
@@ -26,7 +27,6 @@ from vllm_hidden_transfer.training.generate import (
     generate,
 )
 from vllm_hidden_transfer.training.prompts import Request, read_prompts, requests_of
-from vllm_hidden_transfer.training.rows import DataError
 
 VOCABULARY = 400
 QUICK = Path(__file__).parents[2] / "examples/prompts/quick.jsonl"

@@ -31,8 +31,8 @@ from benchmarks.rivals.states import FinalStates
 from tests.support.models import tiny_llama
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
 from vllm_hidden_transfer.evaluation.walks import Place
-from vllm_hidden_transfer.training.cache import Example, PrefixCache
-from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.offline.cache import Example, PrefixCache
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import DraftTrainer, TrainingConfig
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_hidden_transfer.engine.kv_store import blocks_beside_scratch, num_scratch_blocks
+from vllm_hidden_transfer.engine.attention.kv_store import blocks_beside_scratch, num_scratch_blocks
 
 
 @given(st.integers(2, 100_000), st.integers(1, 512), st.integers(1, 64))

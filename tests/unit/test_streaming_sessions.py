@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.engines import planted_options
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 
 BLOCK = 32
 PROMPT = list(range(100, 100 + BLOCK - 2))

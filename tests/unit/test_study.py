@@ -25,8 +25,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from tests.support.models import tiny_llama
-from vllm_hidden_transfer.cli import app
-from vllm_hidden_transfer.config import (
+from vllm_hidden_transfer.checkpoint.config import (
     Calibration,
     Conditioning,
     SpeculatorsConfig,
@@ -35,6 +34,9 @@ from vllm_hidden_transfer.config import (
     Tree,
     Verifier,
 )
+from vllm_hidden_transfer.checkpoint.fingerprint import fingerprint_target
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps, load_checkpoint, save_checkpoint
+from vllm_hidden_transfer.cli import app
 from vllm_hidden_transfer.evaluation.calibration import (
     bin_probabilities,
     calibration_error,
@@ -62,10 +64,8 @@ from vllm_hidden_transfer.evaluation.study import (
 from vllm_hidden_transfer.evaluation.study_result import Study
 from vllm_hidden_transfer.evaluation.tuning import StepCosts, tune
 from vllm_hidden_transfer.evaluation.walks import OnePassDrafter, Place, Walk, walk
-from vllm_hidden_transfer.fingerprint import fingerprint_target
-from vllm_hidden_transfer.training.cache import Example, PrefixCache
-from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import TransferMaps, load_checkpoint, save_checkpoint
+from vllm_hidden_transfer.offline.cache import Example, PrefixCache
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.tree import ROOT, TokenTree
 
 LAYER, STEPS, SIZE, VOCABULARY = 2, 3, 32, 101

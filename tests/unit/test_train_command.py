@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from tests.support.models import add_tokenizer, random_model
+from vllm_hidden_transfer.checkpoint.maps import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 from vllm_hidden_transfer.cli import app
 from vllm_hidden_transfer.evaluation.study_result import STUDY_FILE, Study
 from vllm_hidden_transfer.training.trainer import STATE_FILE
-from vllm_hidden_transfer.transfer import CONFIG_FILE, WEIGHTS_FILE, load_checkpoint
 
 pytestmark = pytest.mark.slow
 

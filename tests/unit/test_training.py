@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from tests.support.models import tiny_llama
-from vllm_hidden_transfer.config import Conditioning
+from vllm_hidden_transfer.checkpoint.config import Conditioning
+from vllm_hidden_transfer.offline.cache import Example, PrefixCache, read_examples
+from vllm_hidden_transfer.offline.target import FrozenTarget, SharedPrefixes
 from vllm_hidden_transfer.training.bigram import BigramInTraining
-from vllm_hidden_transfer.training.cache import Example, PrefixCache, read_examples
 from vllm_hidden_transfer.training.objective import (
     Candidates,
     Drafted,
@@ -25,7 +26,6 @@ from vllm_hidden_transfer.training.objective import (
     draw_roots,
 )
 from vllm_hidden_transfer.training.ridge import Moments, ridge_maps
-from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
 from vllm_hidden_transfer.training.trainer import (
     STATE_FILE,
     DraftTrainer,

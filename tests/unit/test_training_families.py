@@ -12,13 +12,13 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from tests.support.models import FAMILIES, random_model
-from vllm_hidden_transfer.config import Conditioning
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.prefixes import PrefixPasses
+from vllm_hidden_transfer.checkpoint.config import Conditioning
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import PrefixPasses
+from vllm_hidden_transfer.offline.target import FrozenTarget, SharedPrefixes, UnfitTargetError
 from vllm_hidden_transfer.training.ridge import ridge_maps
-from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes, UnfitTargetError
 from vllm_hidden_transfer.training.trainer import Trainer, TrainingConfig
-from vllm_hidden_transfer.transfer import TransferMaps
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_hidden_transfer.config import Conditioning, TransferConfig
-from vllm_hidden_transfer.transfer import (
+from vllm_hidden_transfer.checkpoint.config import Conditioning, TransferConfig
+from vllm_hidden_transfer.checkpoint.maps import (
     CheckpointError,
     TransferMaps,
     load_checkpoint,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_hidden_transfer.transfer import BigramMaps
+from vllm_hidden_transfer.checkpoint.maps import BigramMaps
 
 _ROWS_AT_ONCE = 8192
 

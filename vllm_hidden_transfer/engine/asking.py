@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_hidden_transfer.config import one_sentence
+from vllm_hidden_transfer.checkpoint.config import one_sentence
 from vllm_hidden_transfer.engine.settings import METHOD
 
 NAME_CUTOFF = 0.8

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_hidden_transfer.config import TransferConfig
+    from vllm_hidden_transfer.checkpoint.config import TransferConfig
 
 OPTIONS = ("method", "model", "num_speculative_tokens", "allow_target_mismatch")
 MAX_BUDGET = 256
-PROPOSER = "vllm_hidden_transfer.engine.runner.UnusedProposer"
+PROPOSER = "vllm_hidden_transfer.engine.v1.runner.UnusedProposer"
 """What the speculative configuration of our method names as its model, under either runner."""
 STAND_IN = "ngram_gpu"
 """Our method in vLLM's own words under the V2 runner, which takes it with async scheduling; V1 has ``custom_class``."""
@@ -244,7 +244,7 @@ def _checkpoint_folder(model: object, target: Target) -> Path:
 
 
 def _load_config(folder: Path) -> TransferConfig:
-    from vllm_hidden_transfer.transfer import CheckpointError, load_checkpoint
+    from vllm_hidden_transfer.checkpoint.maps import CheckpointError, load_checkpoint
 
     try:
         config = load_checkpoint(folder)[0]

@@ -14,16 +14,16 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_hidden_transfer.drafting.source import DraftSource
-from vllm_hidden_transfer.engine.cpu_attention import TreeAttentionBackend
-from vllm_hidden_transfer.engine.cpu_paths import CPUPaths
-from vllm_hidden_transfer.engine.kv_store import (
+from vllm_hidden_transfer.engine.attention.cpu import TreeAttentionBackend
+from vllm_hidden_transfer.engine.attention.cpu_paths import CPUPaths
+from vllm_hidden_transfer.engine.attention.kv_store import (
     blocks_beside_scratch,
     num_scratch_blocks,
     side_rows_bytes,
     with_scratch_blocks,
 )
-from vllm_hidden_transfer.engine.runner import TreeRunner
-from vllm_hidden_transfer.engine.transfer_source import TransferSource
+from vllm_hidden_transfer.engine.v1.runner import TreeRunner
+from vllm_hidden_transfer.engine.v1.transfer_source import TransferSource
 from vllm_hidden_transfer.patches import cpu_attention_backend, cpu_model_runner, seeded_chunks
 
 

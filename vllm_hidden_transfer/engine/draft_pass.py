@@ -16,8 +16,8 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
 from vllm_hidden_transfer.drafting.bigram import BigramTables
-from vllm_hidden_transfer.transfer import load_checkpoint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

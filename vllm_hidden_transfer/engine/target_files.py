@@ -12,7 +12,7 @@ from vllm_hidden_transfer.engine.asking import ConfigurationError
 from vllm_hidden_transfer.engine.settings import METHOD
 
 if TYPE_CHECKING:
-    from vllm_hidden_transfer.config import TransferConfig
+    from vllm_hidden_transfer.checkpoint.config import TransferConfig
 
 WEIGHTS = ["*.safetensors", "*.bin"]
 """What vLLM's default loader looks for, in its order; only the first can be fingerprinted."""
@@ -62,7 +62,7 @@ def mismatch(config: TransferConfig, folder: Path, target: Target) -> str | None
         config: the checkpoint's configuration.
         folder: where it is, for the message.
     """
-    from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
+    from vllm_hidden_transfer.checkpoint.fingerprint import FingerprintError, fingerprint_target
 
     try:
         found = fingerprint_target(_weights(target))

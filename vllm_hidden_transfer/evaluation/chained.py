@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps
 from vllm_hidden_transfer.evaluation.drafts import WIDTH, JudgedAnswer, on_device
 from vllm_hidden_transfer.evaluation.walks import Place
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import TransferMaps
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.tree import ROOT, TokenTree
 
 BEAM = 8

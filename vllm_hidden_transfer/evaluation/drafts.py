@@ -13,10 +13,10 @@ from numpy.polynomial.chebyshev import chebpts1, chebvander
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
-from vllm_hidden_transfer.transfer import TransferMaps
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget, SharedPrefixes
 
 FloatArray = NDArray[np.float64]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vllm_hidden_transfer.config import TransferConfig
+from vllm_hidden_transfer.checkpoint.config import TransferConfig
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps
 from vllm_hidden_transfer.evaluation.study_report import read_study, study_grids
-from vllm_hidden_transfer.transfer import TransferMaps
 
 
 def checkpoint_table(folder: Path, config: TransferConfig, maps: TransferMaps) -> Table:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from vllm_hidden_transfer.checkpoint.maps import write_atomically
 from vllm_hidden_transfer.evaluation.preparation import (
     JudgingError,
     Prepared,
@@ -27,7 +28,6 @@ from vllm_hidden_transfer.evaluation.study_plots import draw_study
 from vllm_hidden_transfer.evaluation.study_report import study_grids, study_markdown
 from vllm_hidden_transfer.evaluation.study_result import STUDY_FILE, Study
 from vllm_hidden_transfer.evaluation.tuning import StepCosts, tune, tuning_grids, write_settings
-from vllm_hidden_transfer.transfer import write_atomically
 
 REPORT_FILE = "eval.md"
 

@@ -20,16 +20,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vllm_hidden_transfer.config import TransferConfig, one_sentence
+from vllm_hidden_transfer.checkpoint.config import TransferConfig, one_sentence
+from vllm_hidden_transfer.checkpoint.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.checkpoint.maps import CheckpointError, TransferMaps, load_checkpoint
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
 from vllm_hidden_transfer.evaluation.study import group_name, judged_answers
-from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.offline.cache import Example, PrefixCache
+from vllm_hidden_transfer.offline.data import Corpus, read_corpus
+from vllm_hidden_transfer.offline.rows import DataError
+from vllm_hidden_transfer.offline.target import FrozenTarget, text_config
 from vllm_hidden_transfer.options import Device, TargetDtype
-from vllm_hidden_transfer.training.cache import Example, PrefixCache
-from vllm_hidden_transfer.training.data import Corpus, read_corpus
-from vllm_hidden_transfer.training.rows import DataError
-from vllm_hidden_transfer.training.target import FrozenTarget, text_config
-from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps, load_checkpoint
 
 _LONGEST = 2048
 _UNKNOWN_SPLIT = (

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
+from vllm_hidden_transfer.checkpoint.maps import WEIGHTS_FILE, BigramMaps, TransferMaps
 from vllm_hidden_transfer.drafting.bigram import BigramTables
 from vllm_hidden_transfer.evaluation.acceptance import acceptance, repeated_share
 from vllm_hidden_transfer.evaluation.calibration import (
@@ -22,7 +23,6 @@ from vllm_hidden_transfer.evaluation.calibration import (
 )
 from vllm_hidden_transfer.evaluation.chained import ChainedDrafter
 from vllm_hidden_transfer.evaluation.drafts import Drafts, JudgedAnswer, draft
-from vllm_hidden_transfer.evaluation.machine import this_machine
 from vllm_hidden_transfer.evaluation.study_result import (
     Budget,
     Depth,
@@ -37,10 +37,10 @@ from vllm_hidden_transfer.evaluation.walks import (
     Walk,
     walk,
 )
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import WEIGHTS_FILE, BigramMaps, TransferMaps
+from vllm_hidden_transfer.machine import this_machine
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 
 BUDGETS = (1, 2, 4, 8, 16, 32, 64)
 OPENING_TOKENS = 48

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from vllm_hidden_transfer.config import TransferConfig
+from vllm_hidden_transfer.checkpoint.config import TransferConfig
+from vllm_hidden_transfer.checkpoint.maps import CONFIG_FILE, write_atomically
 from vllm_hidden_transfer.evaluation.calibration import (
     calibration_error,
     fit_temperatures,
@@ -23,7 +24,6 @@ from vllm_hidden_transfer.evaluation.study import draft_with_maps, maps_drafter,
 from vllm_hidden_transfer.evaluation.study_report import Grid
 from vllm_hidden_transfer.evaluation.study_result import Length
 from vllm_hidden_transfer.evaluation.walks import walk
-from vllm_hidden_transfer.transfer import CONFIG_FILE, write_atomically
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.checkpoint.maps import BigramMaps, TransferMaps
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.objective import (
     Drafted,
     DraftingModel,
     MapsInTraining,
     Rows,
 )
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import TrainingConfig
-from vllm_hidden_transfer.transfer import BigramMaps, TransferMaps
 
 LEARNING_RATE = 4e-3
 _START = 4.0

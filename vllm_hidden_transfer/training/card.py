@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 
-from vllm_hidden_transfer.config import (
+from vllm_hidden_transfer.checkpoint.config import (
     Calibration,
     SpeculatorsConfig,
     Target,
@@ -21,6 +21,7 @@ from vllm_hidden_transfer.config import (
     Tree,
     Verifier,
 )
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps, save_checkpoint, write_atomically
 from vllm_hidden_transfer.evaluation.calibration import fit_temperatures
 from vllm_hidden_transfer.evaluation.preparation import progress_bar
 from vllm_hidden_transfer.evaluation.study import (
@@ -36,13 +37,12 @@ from vllm_hidden_transfer.evaluation.study_plots import draw_study
 from vllm_hidden_transfer.evaluation.study_report import study_grids
 from vllm_hidden_transfer.evaluation.study_result import STUDY_FILE, Study
 from vllm_hidden_transfer.evaluation.walks import walk
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.bigram import bigram_folder
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.prefixes import Prefixes
 from vllm_hidden_transfer.training.settings import TrainSettings
-from vllm_hidden_transfer.training.target import FrozenTarget
 from vllm_hidden_transfer.training.trainer import LOG_FILE, Trainer
-from vllm_hidden_transfer.transfer import TransferMaps, save_checkpoint, write_atomically
 
 JUDGED_TOKENS = 96
 FORMS = {

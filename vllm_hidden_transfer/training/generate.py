@@ -21,13 +21,13 @@ from pydantic import (
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_hidden_transfer.config import one_sentence
-from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.data import ABOUT_SUFFIX
+from vllm_hidden_transfer.checkpoint.config import one_sentence
+from vllm_hidden_transfer.checkpoint.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.checkpoint.maps import write_atomically
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.data import ABOUT_SUFFIX
+from vllm_hidden_transfer.offline.rows import first_problem
 from vllm_hidden_transfer.training.prompts import Request, read_prompts, requests_of
-from vllm_hidden_transfer.training.rows import first_problem
-from vllm_hidden_transfer.transfer import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

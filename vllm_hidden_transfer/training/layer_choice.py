@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vllm_hidden_transfer.training.target import FrozenTarget
+from vllm_hidden_transfer.offline.target import FrozenTarget
 
 SHARES = (0.45, 0.55, 0.65, 0.8)
 """Depths that are tried, as shares of the target's layers; below the first, drafting costs most of a step."""

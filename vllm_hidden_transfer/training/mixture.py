@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.rows import DataError
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.rows import DataError
 
 
 def mix(own: Sequence[Example], other: Sequence[Example], share: float, seed: int) -> list[Example]:

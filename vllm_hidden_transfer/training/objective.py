@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
-from vllm_hidden_transfer.transfer import TransferMaps
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget, SharedPrefixes
 
 _CHUNK = 128
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_hidden_transfer.training.cache import is_held_out
-from vllm_hidden_transfer.training.chat import Message, render_chat
-from vllm_hidden_transfer.training.rows import DataError, first_problem, json_lines, source_labels
+from vllm_hidden_transfer.offline.cache import is_held_out
+from vllm_hidden_transfer.offline.chat import Message, render_chat
+from vllm_hidden_transfer.offline.rows import DataError, first_problem, json_lines, source_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_hidden_transfer.config import Conditioning
-from vllm_hidden_transfer.training.cache import Example
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import TransferMaps
+from vllm_hidden_transfer.checkpoint.config import Conditioning
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 
 _COLUMNS = 512
 """Columns or rows of the statistics that are worked on at once."""

@@ -14,12 +14,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vllm_hidden_transfer.config import one_sentence
-from vllm_hidden_transfer.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.checkpoint.config import one_sentence
+from vllm_hidden_transfer.checkpoint.fingerprint import FingerprintError, fingerprint_target
+from vllm_hidden_transfer.checkpoint.maps import CheckpointError, TransferMaps
+from vllm_hidden_transfer.offline.cache import Example, PrefixCache
+from vllm_hidden_transfer.offline.data import read_corpus
+from vllm_hidden_transfer.offline.prefixes import Prefixes, PrefixPasses
+from vllm_hidden_transfer.offline.rows import DataError
+from vllm_hidden_transfer.offline.target import FrozenTarget, text_config
 from vllm_hidden_transfer.training.bigram import BigramInTraining, bigram_config, bigram_folder
-from vllm_hidden_transfer.training.cache import Example, PrefixCache
 from vllm_hidden_transfer.training.card import RunFacts, acceptance_of, corpus_digest, export
-from vllm_hidden_transfer.training.data import read_corpus
 from vllm_hidden_transfer.training.layer_choice import (
     Candidate,
     candidate_layers,
@@ -28,14 +32,10 @@ from vllm_hidden_transfer.training.layer_choice import (
 )
 from vllm_hidden_transfer.training.mixture import mix
 from vllm_hidden_transfer.training.parallel import Processes, joined_processes
-from vllm_hidden_transfer.training.prefixes import Prefixes, PrefixPasses
 from vllm_hidden_transfer.training.ridge import ridge_maps, ridge_passes
-from vllm_hidden_transfer.training.rows import DataError
 from vllm_hidden_transfer.training.settings import TrainSettings
-from vllm_hidden_transfer.training.target import FrozenTarget, text_config
 from vllm_hidden_transfer.training.trainer import DraftTrainer, Trainer
 from vllm_hidden_transfer.training.work_lock import sole_run
-from vllm_hidden_transfer.transfer import CheckpointError, TransferMaps
 
 _TRIAL_STEPS = 60
 _TRIAL_EXAMPLES = 160

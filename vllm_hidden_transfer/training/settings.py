@@ -17,7 +17,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from vllm_hidden_transfer.config import Conditioning, one_sentence
+from vllm_hidden_transfer.checkpoint.config import Conditioning, one_sentence
 from vllm_hidden_transfer.options import Device, TargetDtype
 from vllm_hidden_transfer.training.trainer import TrainingConfig
 

@@ -22,7 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vllm_hidden_transfer.training.cache import Example
+from vllm_hidden_transfer.checkpoint.maps import TransferMaps, write_atomically
+from vllm_hidden_transfer.offline.cache import Example
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 from vllm_hidden_transfer.training.objective import (
     Candidates,
     DraftingModel,
@@ -32,9 +35,6 @@ from vllm_hidden_transfer.training.objective import (
     draw_roots,
 )
 from vllm_hidden_transfer.training.parallel import Processes
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import TransferMaps, write_atomically
 
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.jsonl"

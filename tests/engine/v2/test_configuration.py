@@ -28,7 +28,7 @@ def choices(target: Path) -> dict[str, Choice]:
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = value
         config = EngineArgs(model=str(target), **SMALL, **planted_options(4)).create_engine_config()
         speculative = config.speculative_config
-        assert speculative.model == "vllm_hidden_transfer.engine.runner.UnusedProposer"
+        assert speculative.model == "vllm_hidden_transfer.engine.v1.runner.UnusedProposer"
         return (
             speculative.method,
             config.use_v2_model_runner,

@@ -19,13 +19,13 @@ from tests.statistics.test_distribution import (
 from tests.support.engines import counters_of, engine, planted_options
 from tests.support.models import random_model
 from tests.support.under_v2 import under_v2
-from vllm_hidden_transfer.evaluation.planted import GuessingSource
+from vllm_hidden_transfer.bench.planted import GuessingSource
 
 pytestmark = pytest.mark.engine
 
 PROMPT = [3, 5, 4, 7, 6, 3]
 SAMPLES, LENGTH = 300, 3
-SOURCE = "vllm_hidden_transfer.evaluation.planted:GuessingSource"
+SOURCE = "vllm_hidden_transfer.bench.planted:GuessingSource"
 
 
 def texts_and_accepted(target: Path) -> tuple[Counter[tuple[int, ...]], int]:

@@ -28,7 +28,7 @@ from tests.support.engines import (
     random_prompts,
 )
 from tests.support.under_v2 import under_v2
-from vllm_hidden_transfer.evaluation import planted
+from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 
@@ -39,7 +39,7 @@ CHUNKED: dict[str, Any] = {
     "num_gpu_blocks_override": 64,
 }
 BOTH_SCHEDULERS = pytest.mark.parametrize("scheduler", ["async", "sync"])
-FEWER = "vllm_hidden_transfer.evaluation.planted:FewerNodesSource"
+FEWER = "vllm_hidden_transfer.bench.planted:FewerNodesSource"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def run(target: Path, checkpoint: Path, drafts: Drafts, **options: Any) -> Draft
 
 
 def drafts_of_v1(target: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Drafts:
-    from vllm_hidden_transfer.engine.transfer_source import TransferSource
+    from vllm_hidden_transfer.engine.v1.transfer_source import TransferSource
 
     drafts = Drafts()
     draft_logits, propose = TransferSource.draft_logits, TransferSource.propose

@@ -15,8 +15,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
 from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
-from vllm_hidden_transfer.engine.cpu_paths import CPUPaths
-from vllm_hidden_transfer.engine.kv_store import num_scratch_blocks, with_scratch_blocks
+from vllm_hidden_transfer.engine.attention.cpu_paths import CPUPaths
+from vllm_hidden_transfer.engine.attention.kv_store import num_scratch_blocks, with_scratch_blocks
 from vllm_hidden_transfer.engine.v2.drafting import SlotBatch
 from vllm_hidden_transfer.engine.v2.runner import TreeRunnerV2
 from vllm_hidden_transfer.tree import TokenTree, draft_blocks

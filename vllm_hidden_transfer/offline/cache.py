@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_hidden_transfer.training.prefixes import Prefixes
-from vllm_hidden_transfer.training.target import FrozenTarget
-from vllm_hidden_transfer.transfer import write_atomically
+from vllm_hidden_transfer.checkpoint.maps import write_atomically
+from vllm_hidden_transfer.offline.prefixes import Prefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget
 
 TURN = "@turn-"
 """In an example's id: between the name of a conversation and the number of the turn that is taught."""

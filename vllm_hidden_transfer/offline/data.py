@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_hidden_transfer.training.cache import Example, is_held_out
-from vllm_hidden_transfer.training.chat import Message, render_chat
-from vllm_hidden_transfer.training.rows import (
+from vllm_hidden_transfer.offline.cache import Example, is_held_out
+from vllm_hidden_transfer.offline.chat import Message, render_chat
+from vllm_hidden_transfer.offline.rows import (
     DataError,
     UnfinishedLineError,
     dataset_rows,

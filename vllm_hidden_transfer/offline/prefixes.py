@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_hidden_transfer.training.target import FrozenTarget, SharedPrefixes
+from vllm_hidden_transfer.offline.target import FrozenTarget, SharedPrefixes
 
 if TYPE_CHECKING:
-    from vllm_hidden_transfer.training.cache import Example
+    from vllm_hidden_transfer.offline.cache import Example
 
 TEACHER_WIDTH = 64
 """Most probable tokens kept of the target's own distribution; they hold 99% of it or more."""

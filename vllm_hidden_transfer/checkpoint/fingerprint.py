@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_hidden_transfer.config import one_sentence
+from vllm_hidden_transfer.checkpoint.config import one_sentence
 
 VERSION = "bf16-samples-1"
 _ROWS = 8

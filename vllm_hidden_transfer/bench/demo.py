@@ -30,17 +30,17 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, Verdict, judge
-from vllm_hidden_transfer.config import TransferConfig
-from vllm_hidden_transfer.evaluation.charts import per_depth_png, per_depth_table
-from vllm_hidden_transfer.evaluation.engine_process import (
+from vllm_hidden_transfer.bench.charts import per_depth_png, per_depth_table
+from vllm_hidden_transfer.bench.engine_process import (
     EngineProcess,
     Generation,
     SpecCounters,
     acceptance_length,
     spec_counters,
 )
-from vllm_hidden_transfer.evaluation.machine import this_machine
+from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, Verdict, judge
+from vllm_hidden_transfer.checkpoint.config import TransferConfig
+from vllm_hidden_transfer.machine import this_machine
 from vllm_hidden_transfer.options import DemoDtype
 
 PLAIN = "no speculation"

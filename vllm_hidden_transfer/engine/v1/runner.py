@@ -19,9 +19,9 @@ from vllm.v1.outputs import SamplerOutput
 
 from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.engine.announce import announce
-from vllm_hidden_transfer.engine.sampling import verify
 from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.structure import check_model
+from vllm_hidden_transfer.engine.v1.sampling import verify
 from vllm_hidden_transfer.patches import sampling_parameters, thinking_budgets
 from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_hidden_transfer.bench.planted import Answers, Shape, planted_tree
 from vllm_hidden_transfer.drafting.source import DraftBatch
-from vllm_hidden_transfer.evaluation.planted import Answers, Shape, planted_tree
 from vllm_hidden_transfer.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class StepCostSource:
     """Plants what the script asks for; on request runs a real draft pass first, times it and throws it away."""
 
     def __init__(self, runner: TreeCPUModelRunner) -> None:
-        from vllm_hidden_transfer.engine.transfer_source import TransferSource
+        from vllm_hidden_transfer.engine.v1.transfer_source import TransferSource
 
         self._real = TransferSource(runner, os.environ[CHECKPOINT_VARIABLE])
         self.transfer_layer = self._real.transfer_layer

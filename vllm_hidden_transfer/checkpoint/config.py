@@ -69,7 +69,7 @@ class Target(_Section):
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt
     vocab_size: PositiveInt
-    fingerprint: str = Field(description="see vllm_hidden_transfer.fingerprint")
+    fingerprint: str = Field(description="see vllm_hidden_transfer.checkpoint.fingerprint")
 
 
 class TransferConfig(_Section):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vllm_hidden_transfer.config import (
+from vllm_hidden_transfer.checkpoint.config import (
     FORMAT_VERSION,
     MODEL_TYPE,
     Conditioning,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_hidden_transfer.training.rows import DataError
+from vllm_hidden_transfer.offline.rows import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vllm_hidden_transfer.config import one_sentence
+from vllm_hidden_transfer.checkpoint.config import one_sentence
 
 _ROWS = "hidden_transfer_rows"
 _PREFIX = "hidden_transfer_prefix"

@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_hidden_transfer.engine.kv_store import IntArray, KVStore, TreePass
+from vllm_hidden_transfer.engine.attention.kv_store import IntArray, KVStore, TreePass
 from vllm_hidden_transfer.tree import TokenTree, lay_out_paths
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The child of `engine_process`: one vLLM engine that answers JSON lines on a pipe.
 
-Run as `python -m vllm_hidden_transfer.evaluation.engine_child REPLY_FD`. Requests come on stdin, one JSON
+Run as `python -m vllm_hidden_transfer.bench.engine_child REPLY_FD`. Requests come on stdin, one JSON
 object a line; replies go to the inherited descriptor REPLY_FD, because vLLM prints on stdout as it
 likes. The end of stdin ends the child.
 """

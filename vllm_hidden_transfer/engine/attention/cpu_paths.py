@@ -10,8 +10,8 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_hidden_transfer.engine.cpu_attention import TreeAttentionMetadataBuilder
-from vllm_hidden_transfer.engine.kv_store import IntArray, KVStore, side_rows_bytes
+from vllm_hidden_transfer.engine.attention.cpu import TreeAttentionMetadataBuilder
+from vllm_hidden_transfer.engine.attention.kv_store import IntArray, KVStore, side_rows_bytes
 from vllm_hidden_transfer.tree import Scratch, TokenTree, fit_to_scratch
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vllm_hidden_transfer.config import one_sentence
+from vllm_hidden_transfer.checkpoint.config import one_sentence
 
 _NEEDS_EXTRA = "install what reads it with `pip install 'vllm-hidden-transfer[data]'`."
 
