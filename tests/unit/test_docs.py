@@ -137,7 +137,7 @@ def test_targets_files_and_modules_exist(page: Path) -> None:
             stem = ROOT / module.replace(".", "/")
             assert stem.is_dir() or stem.with_suffix(".py").is_file(), piece
         for path in paths(piece):
-            assert path in COMING or any(place.glob(path) for place in places(page)), path
+            assert path in COMING or any([*place.glob(path)] for place in places(page)), path
     for path in re.findall(r"\b(?:scripts|tests|benchmarks|examples)/[\w./]+\.\w+", text):
         assert path in COMING or (ROOT / path).exists(), path
 
