@@ -55,7 +55,7 @@ MUTATIONS = (
     Mutation(
         "mask off by one",
         "tree/layout.py",
-        (("path = tree.path(stop - 2) + 1 + root_row", "path = tree.path(stop - 2) + root_row"),),
+        (("(root_rows[of][run] + 1)[inside]", "(root_rows[of][run])[inside]"),),
         IDENTITY,
     ),
     Mutation(
@@ -72,7 +72,12 @@ MUTATIONS = (
     Mutation(
         "compaction skipped",
         "engine/v1/runner.py",
-        (("self.compact(rows, slots)", "self.compact([], [])"),),
+        (
+            (
+                "self.compact(step.root_rows[requests] + 1 + nodes, blocks * size + positions % size)",
+                "self.compact(step.root_rows[:0], blocks[:0])",
+            ),
+        ),
         IDENTITY,
     ),
     Mutation(
@@ -101,7 +106,7 @@ MUTATIONS = (
             ("self.trees[request_id] = tree", "self.trees.setdefault(request_id, tree)"),
             ("self.trees.pop(request_id, None)", "self.trees.get(request_id)"),
             (
-                "if tree is not None and tree.tokens[: len(tokens)].tolist() == tokens:",
+                "if tree is not None and tree.tokens[: len(tokens)].tolist() == list(tokens):",
                 "if tree is not None and len(tree) >= len(tokens):",
             ),
         ),
@@ -110,7 +115,7 @@ MUTATIONS = (
     Mutation(
         "hidden state of the wrong row",
         "engine/v1/runner.py",
-        (("return self.root_row(request) + node + 1", "return self.root_row(request) + node"),),
+        (("np.array(self.walk.nodes) + 1", "np.array(self.walk.nodes)"),),
         DRAFTS,
     ),
     Mutation(
@@ -165,7 +170,7 @@ MUTATIONS = (
     Mutation(
         "scratch copy skipped",
         "tree/layout.py",
-        (("if first_position % block_size:", "if False:"),),
+        (("partial = first_positions[of] % block_size > 0", "partial = first_positions[of] < 0"),),
         IDENTITY,
     ),
     Mutation(
@@ -185,22 +190,27 @@ MUTATIONS = (
         "engine/v1/transfer_source.py",
         (
             (
-                "list(self.config.calibration.temperatures)",
-                "[1.0] * self.config.num_transfer_steps",
+                "            self.config.calibration.temperatures, dtype",
+                "            [1.0] * self.config.num_transfer_steps, dtype",
             ),
         ),
         f"{REQUESTS}::test_trees_are_the_best_under_the_calibration",
     ),
     Mutation(
         "one scratch block for the draft rows of all",
-        "engine/v1/transfer_source.py",
-        (("= next(scratch)", "= runner.store.scratch[0]"),),
+        "tree/layout.py",
+        (
+            (
+                "first = scratch.blocks.start + np.cumsum(missing) - missing",
+                "first = scratch.blocks.start + 0 * missing",
+            ),
+        ),
         f"{REQUESTS}::test_rows_without_a_block_are_the_requests_own",
     ),
     Mutation(
         "one request's blocks for the draft rows of all",
         "engine/v1/transfer_source.py",
-        (("table.block_table.np[row, :allocated]", "table.block_table.np[0, :allocated]"),),
+        (("table.block_table.np[batch_rows],", "table.block_table.np[batch_rows * 0],"),),
         f"{REQUESTS}::test_drafts_are_made_with_the_requests_adapter",
     ),
     Mutation(
@@ -277,6 +287,52 @@ MUTATIONS = (
         "tree/tensors.py",
         (("(drawn[:, None, :] | ~reach).all(-1)", "drawn"),),
         V2_TENSORS,
+    ),
+    Mutation(
+        "training on held-out answers",
+        "training/run.py",
+        (
+            (
+                "train=[example for example in examples if not example.held_out],",
+                "train=list(examples),",
+            ),
+        ),
+        "tests/unit/test_corpus.py::test_nothing_that_is_judged_is_taught",
+    ),
+    Mutation(
+        "auto takes the worst layer",
+        "training/layer_choice.py",
+        (("key=lambda found: -found.worth", "key=lambda found: found.worth"),),
+        "tests/unit/test_corpus.py::test_the_layer_with_most_tokens_per_unit_of_cost_comes_first",
+    ),
+    Mutation(
+        "tune judges on what it fitted",
+        "evaluation/tuning.py",
+        (("_quality(prepared, judge_on, *setting)", "_quality(prepared, fit_on, *setting)"),),
+        "tests/unit/test_study.py::test_tune_judges_on_what_it_was_not_fitted_on",
+    ),
+    Mutation(
+        "own_share ignored",
+        "training/run.py",
+        (("if settings.own_share is not None:", "if False:"),),
+        "tests/unit/test_corpus.py::test_the_share_of_own_answers_is_kept[0.3]",
+    ),
+    Mutation(
+        "trees are not cut where a pass is planned",
+        "engine/v1/runner.py",
+        (("trees = self.fit_to_scratch(trees, first_positions, rows_before)", "pass"),),
+        "tests/engine/test_stress.py::test_a_pass_beside_older_trees",
+    ),
+    Mutation(
+        "scratch goes to the vaguest runs",
+        "tree/layout.py",
+        (
+            (
+                'order = np.argsort(-densities, kind="stable")',
+                'order = np.argsort(densities, kind="stable")',
+            ),
+        ),
+        "tests/unit/test_layout.py::test_scratch_goes_where_it_is_worth_most",
     ),
 )
 

@@ -213,9 +213,11 @@ async def watch_memory(minutes: float) -> list[float]:
     return seen
 
 
-async def soak(url: str, load: Load, minutes: float, clients: int) -> tuple[Tally, list[float]]:
+async def soak(
+    url: str, load: Load, minutes: float, clients: int, seed: int
+) -> tuple[Tally, list[float]]:
     deadline = time.monotonic() + minutes * 60
-    asking = Clients(url, load, deadline, seed=int(time.time())).run(clients)
+    asking = Clients(url, load, deadline, seed=seed).run(clients)
     tally, memory = await asyncio.gather(asking, watch_memory(minutes))
     return tally, memory
 
@@ -231,8 +233,9 @@ def wait_idle(url: str, seconds: float = 60) -> dict[str, float]:
         time.sleep(0.5)
 
 
-def run(minutes: float, clients: int, prompts: int, folder: Path) -> dict[str, Any]:
-    """One soak; the report, with what went wrong under "problems"."""
+def run(minutes: float, clients: int, prompts: int, folder: Path, seed: int) -> dict[str, Any]:
+    """One soak; the report, with what went wrong under "problems". The seed draws what clients ask, not when."""
+    print(f"seed {seed}", flush=True)
     target = make_target(folder)
     load = make_load(target, prompts, folder / "reference.log")
     sequences = [[*p, *a] for p, a in zip(load.prompts, load.answers, strict=True)]
@@ -250,7 +253,7 @@ def run(minutes: float, clients: int, prompts: int, folder: Path) -> dict[str, A
     flat = [part for pair in arguments.items() for part in pair]
     log = folder / "server.log"
     with serve(target, *flat, "--disable-uvicorn-access-log", log=log) as url:
-        tally, memory = asyncio.run(soak(url, load, minutes, clients))
+        tally, memory = asyncio.run(soak(url, load, minutes, clients, seed))
         held = wait_idle(url)
         counters = {
             name: metric(url, f"vllm:{name}_total")
@@ -258,6 +261,7 @@ def run(minutes: float, clients: int, prompts: int, folder: Path) -> dict[str, A
         }
         accepted = metric(url, "vllm:spec_decode_num_accepted_tokens_total")
     report: dict[str, Any] = {
+        "seed": seed,
         "minutes": minutes,
         "clients": clients,
         "requests": dict(tally.requests),
@@ -312,6 +316,9 @@ def main(
     clients: Annotated[int, typer.Option(help="concurrent clients")] = 200,
     prompts: Annotated[int, typer.Option(help="distinct prompts")] = 600,
     output: Annotated[Path, typer.Option(help="where the report goes")] = REPORT,
+    seed: Annotated[
+        int | None, typer.Option(help="of the clients; drawn where none is given")
+    ] = None,
 ) -> None:
     """Soak a server and report; status 1 where anything is wrong."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -319,7 +326,8 @@ def main(
     os.environ[TEST_DRAFTS_VARIABLE] = "1"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     with tempfile.TemporaryDirectory() as name:
-        report = run(minutes, clients, prompts, Path(name))
+        drawn = int(time.time()) if seed is None else seed
+        report = run(minutes, clients, prompts, Path(name), drawn)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")
     Console().print_json(data=report)

@@ -10,13 +10,16 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from tests.support import stress
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import engine, planted_options
 from tests.support.models import VOCABULARY
 from vllm_hidden_transfer.bench import planted
+from vllm_hidden_transfer.tree import ROOT, TokenTree
 
 pytestmark = pytest.mark.engine
 
@@ -71,4 +74,32 @@ def test_random_engine(number: int, target: Path, checkpoint: Path, tmp_path: Pa
     options = {"max_model_len": stress.LONGEST, **drawn.options, **speculation}
     with engine(target, **options) as llm:
         assert stress.answer(llm, drawn.asks) == expected
+        assert stress.left_behind(llm) == {}
+
+
+class FanSource(planted.PlantedSource):
+    """Junk that needs as many scratch blocks as can be: every node is a child of the root."""
+
+    def tree(self, tokens: NDArray[np.int32], budget: int) -> TokenTree:
+        junk = 3 + (int(tokens[-1]) + np.arange(budget)) % (VOCABULARY - 3)
+        return TokenTree(junk, np.full(budget, ROOT))
+
+
+def test_a_pass_beside_older_trees(target: Path, tmp_path: Path) -> None:
+    """A token budget of four trees and five requests: the fifth keeps its tree until the four reach the end of a block,
+    need twice the scratch, are cut, and leave rows for it. Nobody has counted that tree beside them."""
+    rng = np.random.default_rng(0)
+    asks = [stress.Ask(stress.prompt_of(rng, 12), 40) for _ in range(5)]
+    with engine(target, max_model_len=stress.LONGEST) as llm:
+        expected = stress.answer(llm, asks)
+    planted.write_answers(tmp_path / "answers.json", [], VOCABULARY)
+    options = {
+        "max_model_len": stress.LONGEST,
+        "max_num_batched_tokens": 68,
+        "max_num_seqs": 5,
+        "num_gpu_blocks_override": 40,
+    }
+    source = f"{FanSource.__module__}:{FanSource.__name__}"
+    with engine(target, **options, **planted_options(16, source)) as llm:
+        assert stress.answer(llm, asks) == expected
         assert stress.left_behind(llm) == {}

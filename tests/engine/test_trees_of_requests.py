@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.answers import Answer, ask
+from tests.support.answers import Answer, ask, assert_same
 from tests.support.engines import counters_of, engine, planted_options, random_prompts
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
 from vllm_hidden_transfer.bench import planted
@@ -79,6 +79,25 @@ def test_a_request_with_a_grammar_gets_a_chain(llm: Any) -> None:
         assert re.fullmatch(f"[a-z]{{{LETTERS}}}", answer.text)
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in reference]
     assert accepted.accepted_tokens > 3 * GREEDY["max_tokens"] / 2
+
+
+def test_logprobs_of_given_ids_keep_their_own_request_without_drafts(llm: Any) -> None:
+    """One such request stops nobody else: the others accept, and its own log-probabilities are of the ids it gave."""
+    prompts = random_prompts(4, seed=13)
+    given = [5, 7, 11]
+    sampling = [dict(GREEDY) for _ in prompts]
+    sampling[1] |= {"logprobs": len(given), "logprob_token_ids": given}
+    planted.write_answers(llm.answers_file, [], VOCABULARY)
+    reference = ask(llm, prompts, sampling)
+    planted.write_answers(llm.answers_file, [answer.sequence for answer in reference], VOCABULARY)
+    before = counters_of(llm)
+    answers = ask(llm, prompts, sampling)
+    accepted = counters_of(llm) - before
+    assert_same(reference, answers)
+    assert accepted.accepted_tokens > 2 * GREEDY["max_tokens"] / 2
+    assert answers[1].logprobs is not None
+    for token, values in zip(answers[1].token_ids, answers[1].logprobs, strict=True):
+        assert values.keys() >= {token, *given}
 
 
 def test_nothing_is_kept_of_requests_that_are_gone(llm: Any) -> None:

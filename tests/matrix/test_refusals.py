@@ -30,6 +30,7 @@ REFUSALS: dict[str, list[dict[str, Any]]] = {
     "KV connectors": [{"kv_transfer_config": CONNECTOR}, {"kv_offloading_size": 1.0}],
     "custom logits processors": [{"logits_processors": ["some.module:Processor"]}],
     "another worker class": [{"worker_cls": "some.Worker"}],
+    "another scheduler": [{"scheduler_cls": "some.Scheduler"}],
     "watermarks": [{"watermark_config": {"algorithm": "gumbel"}}],
     "sampling masks": [{"return_sampling_mask": True}],
     "trace replay": [{"enable_trace_replay": True}],

@@ -214,7 +214,7 @@ def said() -> Iterator[str]:
             if isinstance(message, ast.Name):
                 yield constants[message.id]
             elif isinstance(message, ast.Constant):
-                yield message.value
+                yield str(message.value)
 
 
 MESSAGES = [message for message in said() if squeezed(message) != "%s"]

@@ -35,6 +35,7 @@ SENTENCES: Mapping[str, str] = {
     "KV connectors": "KV connectors, which ship K/V before the accepted path is in place: leave out "
     "--kv-transfer-config and --kv-offloading-size",
     "another worker class": "--worker-cls: leave it at its default",
+    "another scheduler": "--scheduler-cls: leave it at its default",
     "custom logits processors": "custom logits processors: leave --logits-processors off and uninstall packages with "
     "entry points in vllm.logits_processors",
     "latent attention": "this model ({model}): it has latent attention (MLA)",
@@ -96,6 +97,7 @@ def of_arguments(args: EngineArgs, *, v2: bool) -> dict[str, bool]:
             args.kv_transfer_config is not None or args.kv_offloading_size is not None
         ),
         "another worker class": args.worker_cls != "auto",
+        "another scheduler": args.scheduler_cls is not None,
         "custom logits processors": (
             bool(args.logits_processors) or bool(entry_points(group="vllm.logits_processors"))
         ),
