@@ -65,7 +65,8 @@ def test_the_same_text(
     assert len(banner) == 1
     for word in ("two-pass", "k = 4", "t = 16 of 30", "16 nodes", "float32", "CPU_ATTN"):
         assert word in banner[0]
-    for word in ("experimental", "suboptimal", "custom proposer", "Async scheduling not supported"):
+    # vLLM's engine core makes the configuration again and warns there of max_num_scheduled_tokens: docs/operations.md.
+    for word in ("experimental", "custom proposer", "Async scheduling not supported"):
         assert word not in log.read_text()
     # The published maps are those of the paper, without bigrams.
     published = "published" in " ".join(way)

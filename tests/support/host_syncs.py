@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import vllm_hidden_transfer
 
 PACKAGE = Path(vllm_hidden_transfer.__file__).parent
-CPU_ATTENTION = ("cpu_attention.py", "cpu_paths.py", "kv_store.py", "layout.py", "v2/cpu.py")
+CPU_ATTENTION = ("attention/cpu.py", "cpu_paths.py", "kv_store.py", "layout.py", "v2/cpu.py")
 """Where trees are laid out on the host: the CPU attention backend and what only it calls."""
 WAITING = {
     *("item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "unique", "masked_select"),
