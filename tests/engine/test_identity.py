@@ -63,8 +63,15 @@ def compare(
     return length
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "eager"),
+    [
+        pytest.param("float32", True, id="float32-eager"),
+        pytest.param("float32", False, id="float32-compiled"),
+        pytest.param("bfloat16", True, id="bfloat16-eager"),
+        pytest.param("bfloat16", False, id="bfloat16-compiled", marks=pytest.mark.matrix),
+    ],
+)
 def test_core(dtype: str, eager: bool, random_target: Path, tmp_path: Path) -> None:
     """The part of the grid that every change must pass: budgets 4 and 16 in one engine."""
     options = {"dtype": dtype, "enforce_eager": eager, **CHUNKED}

@@ -89,6 +89,13 @@ def complete(url: str, target: Path) -> list[int]:
     return tokens
 
 
+# A server takes long to start; LLM and the command lines meet both kinds in every run.
+SERVERS = pytest.mark.parametrize(
+    "reason", ["version", pytest.param("seam", marks=pytest.mark.matrix)], indirect=True
+)
+
+
+@SERVERS
 def test_a_server_without_our_method_answers(
     reason: str, target: Path, answer: list[int], tmp_path: Path
 ) -> None:
@@ -101,6 +108,7 @@ def test_a_server_without_our_method_answers(
     assert "0.32.0" in warnings[0]
 
 
+@SERVERS
 def test_a_server_with_our_method_is_refused(reason: str, target: Path) -> None:
     options = json.dumps({"method": "hidden_transfer"})
     for way in (
@@ -218,6 +226,7 @@ def test_a_seam_that_only_engines_need(
         assert "install vLLM 0.32.0" in sentence
 
 
+@pytest.mark.matrix
 def test_the_override(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_up(monkeypatch, OTHERS["version"][0])
     monkeypatch.setenv("VLLM_HIDDEN_TRANSFER_ALLOW_UNTESTED_VLLM", "1")
