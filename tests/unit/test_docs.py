@@ -41,9 +41,6 @@ RUN_BY = {
 }
 """Which test runs a command; all but those of test_documented.py on smaller data or in other folders."""
 
-COMING = {"benchmarks/host_time.md"}
-"""Named by a page, and measured apart."""
-
 
 def made_by_ci() -> set[str]:
     """Targets that the continuous integration makes, with those that they need."""
@@ -137,9 +134,9 @@ def test_targets_files_and_modules_exist(page: Path) -> None:
             stem = ROOT / module.replace(".", "/")
             assert stem.is_dir() or stem.with_suffix(".py").is_file(), piece
         for path in paths(piece):
-            assert path in COMING or any([*place.glob(path)] for place in places(page)), path
+            assert any([*place.glob(path)] for place in places(page)), path
     for path in re.findall(r"\b(?:scripts|tests|benchmarks|examples)/[\w./]+\.\w+", text):
-        assert path in COMING or (ROOT / path).exists(), path
+        assert (ROOT / path).exists(), path
 
 
 def places(page: Path) -> Iterator[Path]:
