@@ -17,10 +17,10 @@ import msgspec
 import pytest
 import zmq
 
-from tests.matrix.rows import THINK, THINK_END
+from tests.matrix.settings import reasoning_target
 from tests.support.engines import PLANTED, Texts, assert_identical
 from tests.support.http_cases import assert_alike, post, stream
-from tests.support.models import VOCABULARY, add_tokenizer, random_adapter, random_model
+from tests.support.models import VOCABULARY, random_adapter
 from tests.support.servers import VLLM, chat, metric, serve
 from vllm_hidden_transfer.bench import planted
 
@@ -52,13 +52,7 @@ ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """A random target whose tokenizer knows the beginning and the end of reasoning."""
-    from transformers import AutoTokenizer
-
-    folder = add_tokenizer(random_model(tmp_path / "target", vocabulary=VOCABULARY + 2))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.add_tokens([THINK, THINK_END], special_tokens=True) == 2
-    tokenizer.save_pretrained(folder)
-    return folder
+    return reasoning_target(tmp_path)
 
 
 def sequences_of(replies: Any) -> Iterator[list[int]]:

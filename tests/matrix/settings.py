@@ -42,7 +42,7 @@ def _sliding(folder: Path) -> Path:
     return add_tokenizer(random_model(folder / "sliding", "Mistral", sliding_window=48))
 
 
-def _reasoning(folder: Path) -> Path:
+def reasoning_target(folder: Path) -> Path:
     """A target with two tokens more than the others: the beginning and the end of reasoning."""
     from transformers import AutoTokenizer
 
@@ -132,7 +132,7 @@ SETTINGS: tuple[Setting, ...] = (
             f"a reasoning parser ({parser})",
             {**CHUNKED, "reasoning_parser": parser},
             (*BOTH, *(row.name for row in REASONING)),
-            target=_reasoning,
+            target=reasoning_target,
             note="requests with a thinking budget get no drafts",
         )
         for parser in ("qwen3", "deepseek_r1")

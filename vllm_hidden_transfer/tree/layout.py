@@ -87,6 +87,15 @@ class _Nodes:
         depths = _joined([tree.depths for tree in real])
         return cls(offsets, parents, depths, starts, ends, owners)
 
+    def path_lens_and_needs(
+        self, first_positions: IntArray, rows_before: IntArray, block_size: int
+    ) -> tuple[IntArray, IntArray]:
+        """Of each side run, int64 [r]: the rows on its path with those up to the root's, and the scratch blocks that
+        these take, which begin with a copy of the request's partial block."""
+        of = self.requests
+        path_lens = rows_before[of] + self.depths[self.ends - 1]
+        return path_lens, -(-(first_positions[of] % block_size + path_lens) // block_size)
+
     def paths(self) -> IntArray:
         """int64 [r, deepest]: the nodes on each side run's path from the root's child down; -1 beyond its end."""
         last = self.ends - 1
@@ -148,8 +157,7 @@ def lay_out_paths(
     first_lens = first_positions + first_counts
     # Side runs.
     of = nodes.requests
-    path_lens = before[of] + nodes.depths[nodes.ends - 1]
-    needs = -(-(first_positions[of] % block_size + path_lens) // block_size)
+    path_lens, needs = nodes.path_lens_and_needs(first_positions, before, block_size)
     if needs.sum() > len(scratch.blocks):
         raise ValueError(
             f"the trees of this pass need {needs.sum()} scratch blocks and there are {len(scratch.blocks)}"
@@ -227,8 +235,7 @@ def fit_to_scratch(
     """
     nodes = _Nodes.of(trees)
     of = nodes.requests
-    path_lens = rows_before[of] + nodes.depths[nodes.ends - 1]
-    needs = -(-(first_positions[of] % block_size + path_lens) // block_size)
+    _, needs = nodes.path_lens_and_needs(first_positions, rows_before, block_size)
     if needs.sum() <= num_scratch:
         return list(trees)
     worth = np.concatenate([tree.path_probabilities() for tree in trees if tree is not None])
