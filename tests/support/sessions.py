@@ -4,26 +4,69 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tests.support.engines import SMALL
+
+SLOW = 0.05
+"""Seconds that the client of a session that does not wait takes for an output, as on a loaded machine."""
 
 
 @asynccontextmanager
 async def async_engine(model: Path, **options: Any) -> AsyncIterator[Any]:
     """An ``AsyncLLM`` (its core in a process of its own), closed on the way out."""
     from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine import async_llm
 
-    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**{"model": str(model), **SMALL, **options}))
+    arguments = AsyncEngineArgs(**{"model": str(model), **SMALL, **options})
+    llm = async_llm.AsyncLLM.from_engine_args(arguments)
     try:
-        yield llm
+        with patch.object(async_llm, "RequestOutputCollector", _one_by_one()):
+            yield llm
     finally:
         llm.shutdown()
+
+
+def _one_by_one() -> type:
+    """A collector that hands out every output alone.
+
+    Stock's own merges the outputs that a slow consumer has not taken, also across the end of a session's answer:
+    on a slow machine two answers then arrive as one.
+    """
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    class OneByOne(RequestOutputCollector):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self._waiting: deque[Any] = deque()
+
+        def put(self, output: Any) -> None:
+            if self.output is None:
+                super().put(output)
+            else:
+                self._waiting.append(output)
+
+        def _next(self) -> None:
+            if self._waiting:
+                super().put(self._waiting.popleft())
+
+        async def get(self) -> Any:
+            output = await super().get()
+            self._next()
+            return output
+
+        def get_nowait(self) -> Any:
+            output = super().get_nowait()
+            self._next()
+            return output
+
+    return OneByOne
 
 
 @dataclass(frozen=True)
@@ -77,6 +120,8 @@ async def hold(llm: Any, session: Session) -> Answered:
     result = Answered()
     tokens: list[int] = []
     async for output in llm.generate(pieces(), _params(session.sampling[0]), session.name):
+        if not session.waits:
+            await asyncio.sleep(SLOW)
         (completion,) = output.outputs
         tokens.extend(completion.token_ids)
         if completion.finish_reason is not None:

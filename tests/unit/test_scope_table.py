@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import tests
 from tests.matrix.record import DID_NOT_END, FAILS, SKIPPED, WORKS, Recorder, commit
 from tests.matrix.rows import ROWS
 from tests.matrix.settings import SETTINGS
@@ -110,8 +111,9 @@ def test_every_outcome_is_recorded(pytester: pytest.Pytester, tmp_path: Path) ->
 
 
 def test_a_test_that_took_python_down_did_not_end(
-    pytester: pytest.Pytester, tmp_path: Path
+    pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(tests.__file__).parent.parent))
     pytester.makepyfile(
         "import os, pytest\n"
         "@pytest.mark.scope('default', 'greedy')\n"
