@@ -47,7 +47,7 @@ mutations: target ## plant errors; each must be caught by a named test
 	$(TEST_ENV) $(BIN)/python -m tests.mutations
 
 bench: target ## step costs of no speculation, stock's chain and our trees
-	$(BIN)/python scripts/step_cost.py
+	$(BIN)/python -m benchmarks.step_cost
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllm_hidden_transfer.engine.asking import ConfigurationError, check_own_option
-from vllm_hidden_transfer.engine.settings import METHOD
+from vllm_hidden_transfer.asking import ConfigurationError, check_own_option
+from vllm_hidden_transfer.names import METHOD
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
 OPTION = "--speculative-model"

@@ -5,10 +5,17 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
+from vllm_hidden_transfer.asking import ConfigurationError, requested
+from vllm_hidden_transfer.names import METHOD, PROPOSER
 from vllm_hidden_transfer.patches import log_lines
 from vllm_hidden_transfer.patches.base import Patch, Surface
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
 
 STANDS_FOR = (
     "hidden_transfer: vLLM's own lines name it by what stands for it there: method %s, model %s, and "
@@ -16,15 +23,42 @@ STANDS_FOR = (
 )
 
 
+class Plan(Protocol):
+    """How vLLM is to be configured for our method."""
+
+    @property
+    def settings(self) -> Any: ...
+    @property
+    def budget(self) -> int: ...
+    @property
+    def worker_cls(self) -> str: ...
+
+
+class Planner(Protocol):
+    """Who decides that; ``engine/configuration.py`` says what each of these does."""
+
+    def plan(self, args: Any, model_config: Any, parallel_config: Any, /) -> Plan | None: ...
+    def stand_in_method(self) -> str: ...
+    def fits_its_runner(self, config: VllmConfig, /) -> bool: ...
+    def for_v1(self) -> AbstractContextManager[None]: ...
+    def preferences(self, args: EngineArgs, /) -> AbstractContextManager[None]: ...
+    def check_resolved(self, config: VllmConfig, /) -> None: ...
+
+
+_planners: list[Planner] = []
+
+
+def plan_with(planner: Planner) -> None:
+    """Name the planner that this patch asks, before it is installed: no patch imports the engine."""
+    _planners[:] = [planner]
+
+
 def _install() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.logger import init_logger
     from vllm.usage.usage_lib import UsageContext
 
-    from vllm_hidden_transfer.engine import configuration
-    from vllm_hidden_transfer.engine.asking import ConfigurationError, requested
-    from vllm_hidden_transfer.engine.settings import METHOD
-
+    (planner,) = _planners
     stock_speculative = EngineArgs.create_speculative_config
     stock_engine = EngineArgs.create_engine_config
     logger = init_logger("vllm.hidden_transfer")
@@ -32,7 +66,7 @@ def _install() -> None:
     def create_speculative_config(
         self: EngineArgs, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        plan = configuration.plan(self, target_model_config, target_parallel_config)
+        plan = planner.plan(self, target_model_config, target_parallel_config)
         if plan is None:
             return stock_speculative(self, target_model_config, target_parallel_config)
         self.additional_config = {
@@ -44,8 +78,8 @@ def _install() -> None:
         translated = copy.copy(self)
         translated.spec_method = translated.spec_model = translated.spec_tokens = None
         translated.speculative_config = {
-            "method": configuration.stand_in_method(),
-            "model": plan.proposer,
+            "method": planner.stand_in_method(),
+            "model": PROPOSER,
             "num_speculative_tokens": plan.budget,
         }
         return stock_speculative(translated, target_model_config, target_parallel_config)
@@ -56,16 +90,12 @@ def _install() -> None:
         try:
             if requested(self) is None:
                 return stock_engine(self, usage_context, *args, **kwargs)
-            with log_lines.left_out(), configuration.preferences(self):
+            with log_lines.left_out(), planner.preferences(self):
                 config = stock_engine(self, usage_context, *args, **kwargs)
-            if not configuration.fits_its_runner(config):
-                with (
-                    log_lines.left_out(),
-                    configuration.for_v1(),
-                    configuration.preferences(self),
-                ):
+            if not planner.fits_its_runner(config):
+                with log_lines.left_out(), planner.for_v1(), planner.preferences(self):
                     config = stock_engine(self, usage_context, *args, **kwargs)
-            configuration.check_resolved(config)
+            planner.check_resolved(config)
             speculative = config.speculative_config
             logger.info_once(STANDS_FOR, speculative.method, speculative.model)
             return config

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_hidden_transfer.engine.asking import ConfigurationError, requested
-from vllm_hidden_transfer.engine.settings import METHOD
+from vllm_hidden_transfer.asking import ConfigurationError, requested
+from vllm_hidden_transfer.names import METHOD
 from vllm_hidden_transfer.patches.base import MissingSurfaceError, Patch, Surface
 
 _FIELDS = ("speculative_config", "spec_method", "spec_model", "spec_tokens")

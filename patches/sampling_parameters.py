@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vllm_hidden_transfer.names import PROPOSER, STAND_IN
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
 SURFACES_IN_WORKERS = (
@@ -22,8 +23,6 @@ SURFACES_IN_WORKERS = (
 
 def _install() -> None:
     from vllm.sampling_params import SamplingParams
-
-    from vllm_hidden_transfer.engine.configuration import PROPOSER, STAND_IN
 
     stock = SamplingParams._validate_spec_decode
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_hidden_transfer.names import PROPOSER
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
@@ -62,8 +63,6 @@ def mend(scheduler: Any) -> None:
 
 
 def _ours(vllm_config: Any) -> bool:
-    from vllm_hidden_transfer.engine.configuration import PROPOSER
-
     speculative = vllm_config.speculative_config
     return speculative is not None and speculative.model == PROPOSER
 

@@ -25,13 +25,13 @@ import typer
 from openai import APIError, AsyncOpenAI
 from rich.console import Console
 
+from tests.doubles import planted
 from tests.support.engines import PLANTED, Asker
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
 from tests.support.servers import metric, serve
-from vllm_hidden_transfer.bench import planted
 from vllm_hidden_transfer.bench.engine_process import EngineProcess
 from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, judge
-from vllm_hidden_transfer.engine.settings import TEST_DRAFTS_VARIABLE
+from vllm_hidden_transfer.names import TEST_DRAFTS_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "work" / "soak.json"

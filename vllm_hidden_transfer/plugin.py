@@ -19,12 +19,14 @@ def register() -> None:
     Beside a vLLM that was not run with this plugin, or that lacks a surface, nothing is patched but for the refusal of
     our own method (``patches/refuser.py``), and one warning says why.
     """
-    from vllm_hidden_transfer.patches import catalogue, refuser
+    from vllm_hidden_transfer.engine import configuration
+    from vllm_hidden_transfer.patches import catalogue, engine_args, refuser
     from vllm_hidden_transfer.patches.base import MissingSurfaceError
     from vllm_hidden_transfer.versions import UnsupportedVllmError, check_vllm_version
 
     try:
         check_vllm_version()
+        engine_args.plan_with(configuration)
         catalogue.install()
     except (UnsupportedVllmError, MissingSurfaceError) as error:
         refuser.install(str(error))

@@ -180,7 +180,7 @@ def test_the_same_slips_from_python(slip: str, target: Path) -> None:
 
 
 def test_draft_models_of_other_methods_stay_stocks(target: Path) -> None:
-    from vllm_hidden_transfer.engine.asking import requested
+    from vllm_hidden_transfer.asking import requested
 
     for name in ("org/draft-model", "gpt2", "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"):
         args = parse("--model", str(target), "--speculative-model", name)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.doubles.planted import PlantedSource
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import (
     acceptance_length,
@@ -21,7 +22,6 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
-from vllm_hidden_transfer.bench.planted import PlantedSource
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
 from vllm_hidden_transfer.drafting.bigram import BigramTables
 from vllm_hidden_transfer.drafting.distributions import top_candidates

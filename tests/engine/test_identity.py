@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.doubles import planted
 from tests.support.engines import (
     Asker,
     Texts,
@@ -23,7 +24,6 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
-from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 
@@ -102,7 +102,7 @@ def test_any_number_of_nodes_fits_a_budget(random_target: Path, tmp_path: Path) 
     """A source may return fewer nodes than the budget, none included."""
     batched = stock_texts(random_target, **CHUNKED)
     batched.plant(tmp_path / "answers.json")
-    source = "vllm_hidden_transfer.bench.planted:FewerNodesSource"
+    source = "tests.doubles.planted:FewerNodesSource"
     with engine(random_target, **CHUNKED, **planted_options(16, source)) as llm:
         texts = generate(llm, batched.prompts, max_tokens=NUM_TOKENS)
         counters = counters_of(llm)

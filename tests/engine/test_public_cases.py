@@ -20,13 +20,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.doubles import planted
 from tests.support.answers import Answer, ask, assert_same
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import counters_of, engine, planted_options, random_prompts
 from tests.support.http_cases import assert_alike, post, stream
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
 from tests.support.servers import metric, serve
-from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

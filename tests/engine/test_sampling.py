@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.doubles import planted
 from tests.support.engines import (
     Texts,
     acceptance_length,
@@ -16,7 +17,6 @@ from tests.support.engines import (
     planted_options,
     random_prompts,
 )
-from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

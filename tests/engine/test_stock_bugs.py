@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles import planted
 from tests.support.answers import ask
 from tests.support.engines import engine, planted_options, random_prompts
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
-from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from tests.doubles import planted
 from tests.support.engines import planted_options, random_prompts
 from tests.support.models import VOCABULARY
 from tests.support.sessions import Answered, Session, async_engine, complete, hold_all
-from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.doubles import planted
 from tests.support import stress
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import engine, planted_options
 from tests.support.models import VOCABULARY
-from vllm_hidden_transfer.bench import planted
 from vllm_hidden_transfer.tree import ROOT, TokenTree
 
 pytestmark = pytest.mark.engine

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.checkpoints import random_checkpoint
 from tests.support.hub import hub, into_cache
+from vllm_hidden_transfer.asking import ConfigurationError
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
 from vllm_hidden_transfer.engine import target_files
-from vllm_hidden_transfer.engine.asking import ConfigurationError
 from vllm_hidden_transfer.engine.target_files import Target
 
 pytestmark = pytest.mark.engine

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.doubles import planted
 from tests.support.answers import Answer, ask, assert_same
 from tests.support.engines import counters_of, engine, planted_options, random_prompts
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
-from vllm_hidden_transfer.bench import planted
 from vllm_hidden_transfer.tree import ROOT, TokenTree
 
 pytestmark = pytest.mark.engine

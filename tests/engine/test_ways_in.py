@@ -17,12 +17,12 @@ import msgspec
 import pytest
 import zmq
 
+from tests.doubles import planted
 from tests.matrix.settings import reasoning_target
 from tests.support.engines import PLANTED, Texts, assert_identical
 from tests.support.http_cases import assert_alike, post, stream
 from tests.support.models import VOCABULARY, random_adapter
 from tests.support.servers import VLLM, chat, metric, serve
-from vllm_hidden_transfer.bench import planted
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles import planted
 from tests.engine.test_identity import CHUNKED
 from tests.support.engines import (
     acceptance_length,
@@ -25,7 +26,6 @@ from tests.support.engines import (
     random_prompts,
 )
 from tests.support.models import random_model
-from vllm_hidden_transfer.bench import planted
 from vllm_hidden_transfer.machine import this_machine
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]

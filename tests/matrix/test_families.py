@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.doubles import planted
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import (
     acceptance_length,
@@ -19,7 +20,6 @@ from tests.support.engines import (
     random_prompts,
 )
 from tests.support.models import random_model
-from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 

@@ -18,6 +18,7 @@ from unittest import mock
 
 import pytest
 
+from tests.doubles import planted
 from tests.matrix.rows import BY_NAME, GREEDY, Row
 from tests.matrix.settings import SETTINGS, Setting
 from tests.support.answers import Answer, ask, assert_same
@@ -37,7 +38,6 @@ from tests.support.models import (
     random_adapter,
     random_model,
 )
-from vllm_hidden_transfer.bench import planted
 from vllm_hidden_transfer.machine import this_machine
 
 pytestmark = pytest.mark.engine

@@ -12,9 +12,10 @@ import transformers
 
 from tests.support.checkpoints import random_checkpoint
 from tests.support.models import random_model
+from vllm_hidden_transfer.asking import ConfigurationError
 from vllm_hidden_transfer.engine import configuration, refusals
-from vllm_hidden_transfer.engine.asking import ConfigurationError
 from vllm_hidden_transfer.engine.refusals import SENTENCES
+from vllm_hidden_transfer.names import STAND_IN
 
 pytestmark = pytest.mark.engine
 
@@ -188,5 +189,5 @@ def test_v2_without_triton_is_refused(target: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_lora_under_v2_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "stand_in_method", lambda: configuration.STAND_IN)
+    monkeypatch.setattr(configuration, "stand_in_method", lambda: STAND_IN)
     refused(target, "LoRA under V2", enable_lora=True)

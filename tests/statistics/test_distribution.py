@@ -18,9 +18,9 @@ import torch
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
+from tests.doubles.planted import GuessingSource
 from tests.support.engines import counters_of, engine
 from tests.support.models import random_model
-from vllm_hidden_transfer.bench.planted import GuessingSource
 
 pytestmark = pytest.mark.engine
 
@@ -70,7 +70,7 @@ def test_sampled_texts_are_the_targets(tmp_path: Path) -> None:
     options = {
         "speculative_config": {"method": "hidden_transfer", "num_speculative_tokens": 10},
         "additional_config": {
-            "hidden_transfer": {"draft_source": "vllm_hidden_transfer.bench.planted:GuessingSource"}
+            "hidden_transfer": {"draft_source": "tests.doubles.planted:GuessingSource"}
         },
     }
     with engine(target, max_num_seqs=128, **options) as llm:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.doubles import planted
 from tests.support.models import VOCABULARY
-from vllm_hidden_transfer.bench import planted
 from vllm_hidden_transfer.bench.engine_process import (
     EngineProcess,
     SpecCounters,
@@ -22,7 +22,7 @@ from vllm_hidden_transfer.bench.engine_process import (
 )
 from vllm_hidden_transfer.bench.identity import Judgement, TransformersReference, judge, parting
 
-PLANTED = "vllm_hidden_transfer.bench.planted:PlantedSource"
+PLANTED = "tests.doubles.planted:PlantedSource"
 
 
 SMALL: Mapping[str, Any] = {

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+"""Servers find the test doubles there."""
 VLLM = Path(sys.executable).with_name("vllm")
 SMALL = (
     "--kv-cache-memory-bytes",
@@ -42,6 +44,9 @@ def serve(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
     }
+    if vllm == VLLM:
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, *SMALL, *arguments],

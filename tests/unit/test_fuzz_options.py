@@ -33,11 +33,11 @@ from tests.unit.test_fuzz_checkpoints import (
     with_header,
     without_rights,
 )
+from vllm_hidden_transfer.asking import ConfigurationError, requested
 from vllm_hidden_transfer.checkpoint.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.engine import configuration
-from vllm_hidden_transfer.engine.asking import ConfigurationError, requested
 from vllm_hidden_transfer.engine.configuration import MAX_BUDGET, OPTIONS, Plan, plan
-from vllm_hidden_transfer.engine.settings import METHOD
+from vllm_hidden_transfer.names import METHOD
 
 pytestmark = pytest.mark.slow
 

@@ -18,15 +18,14 @@ BELOW: dict[str, set[str]] = {
     "tree": set(),
     "drafting": {"checkpoint", "tree"},
     "offline": {"checkpoint"},
-    "patches": {"checkpoint", "engine"},
+    "patches": {"checkpoint"},
     "engine": {"checkpoint", "drafting", "patches", "tree"},
     "evaluation": {"checkpoint", "drafting", "offline", "tree"},
     "training": {"checkpoint", "drafting", "evaluation", "offline", "tree"},
     "bench": {"checkpoint", "drafting", "engine", "tree"},
     "cli": {"bench", "checkpoint", "evaluation", "offline", "training"},
 }
-"""What each room may import besides the modules beside the rooms. patches and engine still know each other: the patch
-of the engine's arguments asks the engine what to do."""
+"""What each room may import besides the modules beside the rooms."""
 
 
 def modules() -> dict[str, Path]:
@@ -92,3 +91,12 @@ def test_the_maths_knows_no_vllm(one: str) -> None:
         if room(name) == one:
             assert "import vllm\n" not in path.read_text()
             assert "from vllm." not in path.read_text()
+
+
+def test_what_ships_knows_no_tests() -> None:
+    for path in modules().values():
+        assert "tests" not in {
+            node.module.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module
+        }

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.doubles import planted
 from tests.support.engines import planted_options
-from vllm_hidden_transfer.bench import planted
 
 BLOCK = 32
 PROMPT = list(range(100, 100 + BLOCK - 2))

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_hidden_transfer.asking import ConfigurationError, requested, shown
 from vllm_hidden_transfer.engine import refusals, target_files
-from vllm_hidden_transfer.engine.asking import ConfigurationError, requested, shown
-from vllm_hidden_transfer.engine.settings import METHOD, TEST_DRAFTS_VARIABLE, Settings
+from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.target_files import Target
+from vllm_hidden_transfer.names import METHOD, PROPOSER, STAND_IN, TEST_DRAFTS_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 
 OPTIONS = ("method", "model", "num_speculative_tokens", "allow_target_mismatch")
 MAX_BUDGET = 256
-PROPOSER = "vllm_hidden_transfer.engine.v1.runner.UnusedProposer"
-"""What the speculative configuration of our method names as its model, under either runner."""
-STAND_IN = "ngram_gpu"
-"""Our method in vLLM's own words under the V2 runner, which takes it with async scheduling; V1 has ``custom_class``."""
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU default of 128 makes every copy of a partial block four times as large."""
 
@@ -44,7 +41,6 @@ class Plan:
     settings: Settings
     budget: int
     worker_cls: str = refusals.WORKER
-    proposer: str = PROPOSER
 
 
 def plan(

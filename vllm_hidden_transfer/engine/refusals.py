@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from vllm_hidden_transfer.engine.asking import ConfigurationError
+from vllm_hidden_transfer.asking import ConfigurationError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vllm_hidden_transfer.names import METHOD
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-METHOD = "hidden_transfer"
-TEST_DRAFTS_VARIABLE = "VLLM_HIDDEN_TRANSFER_TEST_DRAFTS"
-"""Set to 1 by tests and measurements, which may name a draft source; settings alone may not import code."""
 
 
 class Settings(BaseModel):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_hidden_transfer.engine.asking import ConfigurationError
-from vllm_hidden_transfer.engine.settings import METHOD
+from vllm_hidden_transfer.asking import ConfigurationError
+from vllm_hidden_transfer.names import METHOD
 
 if TYPE_CHECKING:
     from vllm_hidden_transfer.checkpoint.config import TransferConfig

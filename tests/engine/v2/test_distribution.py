@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.doubles.planted import GuessingSource
 from tests.statistics.test_distribution import (
     FALSE_ALARM_RATE,
     exact_probabilities,
@@ -19,13 +20,12 @@ from tests.statistics.test_distribution import (
 from tests.support.engines import counters_of, engine, planted_options
 from tests.support.models import random_model
 from tests.support.under_v2 import under_v2
-from vllm_hidden_transfer.bench.planted import GuessingSource
 
 pytestmark = pytest.mark.engine
 
 PROMPT = [3, 5, 4, 7, 6, 3]
 SAMPLES, LENGTH = 300, 3
-SOURCE = "vllm_hidden_transfer.bench.planted:GuessingSource"
+SOURCE = "tests.doubles.planted:GuessingSource"
 
 
 def texts_and_accepted(target: Path) -> tuple[Counter[tuple[int, ...]], int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.doubles import planted
 from tests.engine.v2 import VOCABULARY
 from tests.support.engines import (
     PLANTED,
@@ -28,7 +29,6 @@ from tests.support.engines import (
     random_prompts,
 )
 from tests.support.under_v2 import under_v2
-from vllm_hidden_transfer.bench import planted
 
 pytestmark = pytest.mark.engine
 
@@ -39,7 +39,7 @@ CHUNKED: dict[str, Any] = {
     "num_gpu_blocks_override": 64,
 }
 BOTH_SCHEDULERS = pytest.mark.parametrize("scheduler", ["async", "sync"])
-FEWER = "vllm_hidden_transfer.bench.planted:FewerNodesSource"
+FEWER = "tests.doubles.planted:FewerNodesSource"
 
 
 @dataclass(frozen=True)

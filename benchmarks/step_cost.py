@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs: no speculation, stock's chain and our tree, in one run, in lockstep.
 
-    python scripts/step_cost.py --rounds 10
+    python -m benchmarks.step_cost --rounds 10
 
 Three compiled engines stand side by side: no speculation, stock ``custom_class``, and ours. What is compared takes
 turns step by step, one engine computing while the others are idle, because a shared machine's speed drifts within a
@@ -29,21 +29,21 @@ from rich.progress import Progress
 from rich.table import Table
 from scipy import stats
 
-from vllm_hidden_transfer.bench.engine_process import EngineProcess
-from vllm_hidden_transfer.bench.planted import ANSWERS_VARIABLE, Shape, write_answers
-from vllm_hidden_transfer.bench.step_cost import (
+from tests.doubles.planted import ANSWERS_VARIABLE, Shape, write_answers
+from tests.doubles.step_cost import (
     CHECKPOINT_VARIABLE,
     FOLDER_VARIABLE,
     Control,
 )
+from vllm_hidden_transfer.bench.engine_process import EngineProcess
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
-from vllm_hidden_transfer.engine.settings import TEST_DRAFTS_VARIABLE
 from vllm_hidden_transfer.machine import this_commit, this_machine
+from vllm_hidden_transfer.names import TEST_DRAFTS_VARIABLE
 
 ROOT = Path(__file__).parents[1]
 TREES = (4, 8, 16)
 BATCH_SIZES = (1, 8)
-MODULE = "vllm_hidden_transfer.bench.step_cost"
+MODULE = "tests.doubles.step_cost"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hidden_transfer.checkpoint.config import one_sentence
-from vllm_hidden_transfer.engine.settings import METHOD
+from vllm_hidden_transfer.names import METHOD
 
 NAME_CUTOFF = 0.8
 """How alike (difflib's ratio) a name must be to be taken for a slip of ours."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a verification step costs: the engine-side parts of ``scripts/step_cost.py``.
+"""What a verification step costs: the engine-side parts of ``benchmarks/step_cost.py``.
 
 The script and its engines share a folder, named by an environment variable: ``control.json`` says what to draft next,
 ``draft_seconds.jsonl`` collects how long draft passes took.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_hidden_transfer.bench.planted import Answers, Shape, planted_tree
+from tests.doubles.planted import Answers, Shape, planted_tree
 from vllm_hidden_transfer.drafting.source import DraftBatch
 from vllm_hidden_transfer.tree import TokenTree
 
