@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
+from vllm_hidden_transfer.drafting.lookup import SHARES
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer, draft
 from vllm_hidden_transfer.evaluation.study import bigram_tables, judged_answers
 from vllm_hidden_transfer.evaluation.walks import BigramDrafter, Drafter, OnePassDrafter, walk
@@ -100,9 +101,10 @@ def worth_of(
     maps = maps.float()
     drafts = [draft(target, prefixes, maps, answer, on_path=False) for answer in answers]
     temperatures = list(config.calibration.temperatures)
-    drafter: Drafter = OnePassDrafter(drafts, temperatures)
+    drafter: Drafter = OnePassDrafter(drafts, temperatures, SHARES)
     if maps.bigram is not None:
-        drafter = BigramDrafter(drafts, bigram_tables(target, maps.bigram), temperatures)
+        tables = bigram_tables(target, maps.bigram)
+        drafter = BigramDrafter(drafts, tables, temperatures, SHARES)
     walks = walk([answer.tokens for answer in answers], drafter, NODES)
     accepted = [depth for one in walks for depth in one.accepted]
     return Worth(

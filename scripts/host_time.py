@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_hidden_transfer.drafting.bigram import BigramTables
+from vllm_hidden_transfer.drafting.distributions import DraftCandidates
 from vllm_hidden_transfer.machine import this_machine
 from vllm_hidden_transfer.tree import (
     Scratch,
@@ -30,18 +32,21 @@ from vllm_hidden_transfer.tree import (
 )
 
 DEPTHS, WIDTH, BLOCK = 4, 64, 32
+VOCABULARY, RANK = 49152, 64
 POSITION = 200
 BLOCKS_EACH = 8
 
 
-def random_candidates(requests: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates as real drafts have them: sorted by marginal, re-weighted by each candidate of the depth before."""
+def random_candidates(requests: int, seed: int) -> DraftCandidates:
+    """Candidates as real drafts have them: sorted by marginal, re-weighted by the token before."""
     rng = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 49152, (requests, DEPTHS, WIDTH), generator=rng)
-    marginal = -1.5 * torch.arange(1, WIDTH + 1).log()
-    gain = torch.randn(requests, DEPTHS, WIDTH, WIDTH, generator=rng, dtype=torch.float64)
-    gain[:, 0] = gain[:, 0, :1] * 0
-    return tokens, (marginal + gain).log_softmax(-1)
+    tokens = torch.randint(0, VOCABULARY, (requests, DEPTHS, WIDTH), generator=rng)
+    logits = (-1.5 * torch.arange(1, WIDTH + 1).log()).expand(requests, DEPTHS, -1).contiguous()
+    shape = (VOCABULARY, DEPTHS - 1, RANK)
+    tables = BigramTables(
+        *(torch.randn(shape, generator=rng) / RANK**0.25 for _ in ("before", "after"))
+    )
+    return DraftCandidates(tokens, logits, logits.logsumexp(-1) + 0.1, torch.ones(DEPTHS), tables)
 
 
 class Step:
@@ -61,7 +66,7 @@ class Step:
         self.rng = np.random.default_rng(1)
 
     def build(self) -> list[TokenTree]:
-        return path_major(most_probable(*self.candidates, self.nodes)).on_host()
+        return path_major(most_probable(self.candidates, self.nodes)).on_host()
 
     def lay_out(self) -> None:
         sizes = self.before + np.array([len(tree) for tree in self.trees])

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from tests.engine.test_demo_target import chat_prompts, with_maps
 from tests.support.engines import counters_of, engine, generate
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
+from vllm_hidden_transfer.drafting.lookup import SHARES
 from vllm_hidden_transfer.evaluation.study import (
     draft_with_maps,
     judged_answers,
@@ -57,7 +58,7 @@ def test_acceptance_length_is_the_engines(demo_target: Path, record_property: An
     maps = maps.float()
     drafts = draft_with_maps(target, prefixes, maps, answers, Progress(disable=True))
     temperatures = list(config.calibration.temperatures)
-    drafter = maps_drafter(target, prefixes, maps, drafts, temperatures)
+    drafter = maps_drafter(target, prefixes, maps, drafts, temperatures, SHARES)
     outputs = [answer.tokens for answer in answers]
     walks = walk(outputs, drafter, BUDGET)
     found = measured(walks, outputs)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.test_tree import trees as host_trees
 from vllm_hidden_transfer.tree import (
     ROOT,
+    GivenCandidates,
     TokenTree,
     TreeTensors,
     VerificationWalk,
@@ -84,7 +85,8 @@ def test_most_probable(seed: int, budget: int, num_depths: int, width: int, pair
     scores[rng.random(shape) < 0.1] = rng.choice([np.nan, -np.inf])
     if pairs:
         scores[:, 0] = scores[:, 0, :1]
-    best = most_probable(torch.from_numpy(tokens), torch.from_numpy(scores), budget)
+    given = GivenCandidates(torch.from_numpy(tokens), torch.from_numpy(scores))
+    best = most_probable(given, budget)
     assert best.log_probabilities is not None
     for found in (best, path_major(best)):
         assert found.parents.shape == (2, budget)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bigram re-weighting of one-pass drafts: each candidate's probability after each candidate of the depth before.
+"""Bigram re-weighting of one-pass drafts: each candidate's probability after a token of the depth before.
 
 Every depth of a one-pass draft is a marginal distribution: it does not know what is drafted before it. A low-rank
 score of pairs (``transfer.BigramMaps``) makes it a conditional one for the price of two table rows a candidate. Plain
@@ -56,32 +56,13 @@ class BigramTables:
             after.append(torch.einsum("nd,jdr->njr", head(ids).float(), up).to(rows.dtype))
         return cls(torch.cat(before), torch.cat(after))
 
-    def log_probabilities(
-        self,
-        tokens: torch.Tensor,
-        logits: torch.Tensor,
-        totals: torch.Tensor,
-        temperatures: torch.Tensor,
-    ) -> torch.Tensor:
-        """log p(candidate | candidate before it), normalised as if tokens that are no candidates gained nothing.
+    def gain(self, depth: int, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What logits of a depth gain by the token before, float32 [b, m, width].
 
         Args:
-            tokens: int64 [b, k, width], candidates of each depth.
-            logits: float32 of the same shape, divided by the temperature.
-            totals: [b, k], log of the sum of exp(logit) over the whole vocabulary.
-            temperatures: [k].
-
-        Returns:
-            float32 [b, k, width before, width]; the first depth has nothing before it: all its rows are equal.
+            depth: of the tokens, 1 to k - 1; the root's children are depth 0 and gain nothing.
+            before: int64 [b, m], tokens at the depth before.
+            tokens: int64 [b, width].
         """
-        width = tokens.shape[-1]
-        places = torch.arange(tokens.shape[1] - 1, device=tokens.device)[:, None]
-        before = self.before[tokens[:, :-1], places].float()
-        after = self.after[tokens[:, 1:], places].float()
-        gain = before @ after.transpose(-1, -2) / temperatures[1:, None, None]
-        pairs = logits[:, 1:, None, :] + gain
-        covered = (logits[:, 1:].logsumexp(-1) - totals[:, 1:]).exp()
-        rest = totals[:, 1:] + (1 - covered).clamp_min(1e-9).log()
-        total = torch.logaddexp(pairs.logsumexp(-1), rest[:, :, None])
-        first = (logits[:, :1] - totals[:, :1, None])[:, :, None, :].expand(-1, -1, width, -1)
-        return torch.cat([first, pairs - total[..., None]], dim=1)
+        first, following = self.before[before, depth - 1], self.after[tokens, depth - 1]
+        return first.float() @ following.float().mT

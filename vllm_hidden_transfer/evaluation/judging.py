@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vllm_hidden_transfer.checkpoint.maps import write_atomically
+from vllm_hidden_transfer.drafting.lookup import SHARES
 from vllm_hidden_transfer.evaluation.preparation import (
     JudgingError,
     Prepared,
@@ -60,7 +61,7 @@ def study_of(request: Request, prepared: Prepared, command: str, progress: Progr
     temperatures = list(config.calibration.temperatures)
     parts = (prepared.target, prepared.prefixes, prepared.maps)
     drafts = draft_with_maps(*parts, prepared.answers, progress)
-    drafter = maps_drafter(*parts, drafts, temperatures)
+    drafter = maps_drafter(*parts, drafts, temperatures, SHARES)
     return Study(
         provenance=provenance(
             command,

@@ -22,7 +22,7 @@ from vllm_hidden_transfer.evaluation.calibration import (
     reliability,
 )
 from vllm_hidden_transfer.evaluation.chained import ChainedDrafter
-from vllm_hidden_transfer.evaluation.drafts import Drafts, JudgedAnswer, draft
+from vllm_hidden_transfer.evaluation.drafts import Drafts, FloatArray, JudgedAnswer, draft
 from vllm_hidden_transfer.evaluation.study_result import (
     Budget,
     Depth,
@@ -91,15 +91,20 @@ def maps_drafter(
     maps: TransferMaps,
     drafts: Sequence[Drafts],
     temperatures: Sequence[float],
+    shares: FloatArray | None = None,
 ) -> Drafter:
-    """Trees of transfer maps: from the drafts themselves, or path by path where they are chained."""
+    """Trees of transfer maps: from the drafts themselves, or path by path where they are chained.
+
+    With `shares` (``drafting/lookup.py``) prompt lookup is mixed in as the engine does it; never into chained maps.
+    """
     if maps.conditioning == "chained":
         answers = [item.answer for item in drafts]
         return ChainedDrafter(target, prefixes, maps, answers, temperatures)
     if maps.bigram is not None:
         marginals = [draft(target, prefixes, maps, item.answer, on_path=False) for item in drafts]
-        return BigramDrafter(marginals, bigram_tables(target, maps.bigram), temperatures)
-    return OnePassDrafter(drafts, temperatures)
+        tables = bigram_tables(target, maps.bigram)
+        return BigramDrafter(marginals, tables, temperatures, shares)
+    return OnePassDrafter(drafts, temperatures, shares)
 
 
 def bigram_tables(target: FrozenTarget, maps: BigramMaps) -> BigramTables:

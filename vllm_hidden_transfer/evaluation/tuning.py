@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from vllm_hidden_transfer.checkpoint.config import TransferConfig
 from vllm_hidden_transfer.checkpoint.maps import CONFIG_FILE, write_atomically
+from vllm_hidden_transfer.drafting.lookup import SHARES
 from vllm_hidden_transfer.evaluation.calibration import (
     calibration_error,
     fit_temperatures,
@@ -123,7 +124,9 @@ def _lengths(
     temperatures: Sequence[float],
     budgets: Iterable[int],
 ) -> list[Length]:
-    drafter = maps_drafter(prepared.target, prepared.prefixes, prepared.maps, drafts, temperatures)
+    drafter = maps_drafter(
+        prepared.target, prepared.prefixes, prepared.maps, drafts, temperatures, SHARES
+    )
     outputs = [item.answer.tokens for item in drafts]
     return [measured(walk(outputs, drafter, budget), outputs) for budget in budgets]
 

@@ -17,8 +17,18 @@ import torch
 from torch import Tensor
 
 from vllm_hidden_transfer.drafting.bigram import BigramTables
-from vllm_hidden_transfer.evaluation.drafts import Drafts
-from vllm_hidden_transfer.tree import ROOT, TokenTree, most_probable_paths
+from vllm_hidden_transfer.drafting.distributions import DraftCandidates
+from vllm_hidden_transfer.drafting.lookup import look_up, mixed_in
+from vllm_hidden_transfer.evaluation.drafts import Drafts, FloatArray, JudgedAnswer
+from vllm_hidden_transfer.tree import (
+    ROOT,
+    Candidates,
+    CopiedPaths,
+    GivenCandidates,
+    TokenTree,
+    most_probable,
+    path_major,
+)
 
 _PLACES_AT_ONCE = 64
 
@@ -50,12 +60,33 @@ class Drafter(Protocol):
         ...
 
 
-class OnePassDrafter:
-    """Best-first trees of drafts that do not depend on the path: one pass knows them all."""
+def copied_paths(
+    answers: Sequence[JudgedAnswer], places: Sequence[Place], shares: FloatArray | None
+) -> CopiedPaths | None:
+    """What prompt lookup proposes at some places, None without shares (see ``drafting/lookup.py``)."""
+    if shares is None:
+        return None
+    texts = [(answers[place.answer], place.known) for place in places]
+    contexts = [answer.example.tokens[: answer.first + known] for answer, known in texts]
+    return mixed_in(look_up([np.array(context) for context in contexts]), shares)
 
-    def __init__(self, drafts: Sequence[Drafts], temperatures: Sequence[float]) -> None:
+
+class OnePassDrafter:
+    """Best-first trees of drafts that do not depend on the path: one pass knows them all.
+
+    With `shares` (see ``drafting/lookup.py``) copies are mixed in, but not where `branching` is limited.
+    """
+
+    def __init__(
+        self,
+        drafts: Sequence[Drafts],
+        temperatures: Sequence[float],
+        shares: FloatArray | None = None,
+    ) -> None:
         self._tokens = [item.tokens.astype(np.int64) for item in drafts]
         self._log_probabilities = [item.log_probabilities(temperatures) for item in drafts]
+        self._answers = [item.answer for item in drafts]
+        self._shares = shares
         self.depths = len(temperatures)
 
     def trees(
@@ -65,16 +96,26 @@ class OnePassDrafter:
         width = branching or budget
         tokens = [self._tokens[answer][known - 1, :, :width] for answer, known in places]
         scores = [self._log_probabilities[answer][known - 1, :, :width] for answer, known in places]
-        return most_probable_paths(np.stack(tokens), np.stack(scores), budget)
+        given = GivenCandidates(
+            torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(scores))
+        )
+        shares = None if branching else self._shares
+        copied = copied_paths(self._answers, places, shares)
+        return path_major(most_probable(given, budget, copied)).on_host()
 
 
 class BigramDrafter:
-    """Best-first trees of one-pass drafts that are re-weighted by the token before."""
+    """Best-first trees of one-pass drafts that are re-weighted by the token before; `shares` as above."""
 
     def __init__(
-        self, marginals: Sequence[Drafts], tables: BigramTables, temperatures: Sequence[float]
+        self,
+        marginals: Sequence[Drafts],
+        tables: BigramTables,
+        temperatures: Sequence[float],
+        shares: FloatArray | None = None,
     ) -> None:
-        self._marginals, self._tables = marginals, tables
+        self._marginals, self._tables, self._shares = marginals, tables, shares
+        self._answers = [item.answer for item in marginals]
         self._temperatures = list(temperatures)
         self._totals = [
             np.stack([item.log_totals(depth, t) for depth, t in enumerate(temperatures)], axis=1)
@@ -88,23 +129,46 @@ class BigramDrafter:
         """One tree a place; see `Drafter`."""
         found: list[TokenTree] = []
         for start in range(0, len(places), _PLACES_AT_ONCE):
-            tokens, scores = self._candidates(places[start : start + _PLACES_AT_ONCE])
+            some = places[start : start + _PLACES_AT_ONCE]
+            candidates: Candidates = self.candidates(some)
             if branching:
-                least = scores.topk(branching, dim=-1).values[..., -1:]
-                scores = scores.masked_fill(scores < least, -torch.inf)
-            found += most_probable_paths(tokens.numpy(), scores.double().numpy(), budget)
+                candidates = _Best(candidates, branching)
+            copied = copied_paths(self._answers, some, None if branching else self._shares)
+            found += path_major(most_probable(candidates, budget, copied)).on_host()
         return found
 
-    def _candidates(self, places: Sequence[Place]) -> tuple[Tensor, Tensor]:
-        """Tokens [b, k, width] and their log-probabilities after each of the depth before."""
+    def candidates(self, places: Sequence[Place]) -> DraftCandidates:
+        """What the maps say at some places."""
         items = [(self._marginals[answer], known - 1) for answer, known in places]
         tokens = torch.from_numpy(np.stack([item.tokens[row] for item, row in items])).long()
         logits = torch.from_numpy(np.stack([item.logits[row] for item, row in items]))
         totals = np.stack([self._totals[answer][known - 1] for answer, known in places])
         scale = torch.tensor(self._temperatures)
         device = self._tables.before.device
-        parts = (tokens, logits / scale[:, None], torch.from_numpy(totals).float(), scale)
-        return tokens, self._tables.log_probabilities(*(part.to(device) for part in parts)).cpu()
+        return DraftCandidates(
+            tokens.to(device),
+            (logits / scale[:, None]).to(device),
+            torch.from_numpy(totals).float().to(device),
+            scale.to(device),
+            self._tables,
+        )
+
+
+@dataclass(frozen=True)
+class _Best:
+    """Candidates of which only the best few may follow a token."""
+
+    candidates: Candidates
+    branching: int
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.candidates.tokens
+
+    def after(self, depth: int, before: Tensor) -> Tensor:
+        scores = self.candidates.after(depth, before)
+        least = scores.topk(self.branching, dim=-1).values[..., -1:]
+        return scores.masked_fill(scores < least, -torch.inf)
 
 
 @dataclass

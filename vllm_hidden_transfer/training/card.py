@@ -22,6 +22,7 @@ from vllm_hidden_transfer.checkpoint.config import (
     Verifier,
 )
 from vllm_hidden_transfer.checkpoint.maps import TransferMaps, save_checkpoint, write_atomically
+from vllm_hidden_transfer.drafting.lookup import SHARES
 from vllm_hidden_transfer.evaluation.calibration import fit_temperatures
 from vllm_hidden_transfer.evaluation.preparation import progress_bar
 from vllm_hidden_transfer.evaluation.study import (
@@ -106,7 +107,7 @@ def export(
         config = _config(settings, target, maps, temperatures, facts.fingerprint)
         output = settings.output
         save_checkpoint(output, config, maps)
-        drafter = maps_drafter(target, prefixes, maps, drafts, temperatures)
+        drafter = maps_drafter(target, prefixes, maps, drafts, temperatures, SHARES)
         groups = judge(Judged(drafts, drafter, temperatures), config.tree.node_budget, progress)
     study = Study(
         provenance=provenance(

@@ -7,6 +7,7 @@ from vllm_hidden_transfer.tree.build import (
     most_probable_paths,
     path_major,
 )
+from vllm_hidden_transfer.tree.candidates import Candidates, CopiedPaths, GivenCandidates
 from vllm_hidden_transfer.tree.layout import (
     PathLayout,
     Scratch,
@@ -20,6 +21,9 @@ from vllm_hidden_transfer.tree.walk import VerificationWalk
 
 __all__ = [
     "ROOT",
+    "Candidates",
+    "CopiedPaths",
+    "GivenCandidates",
     "PathLayout",
     "Scratch",
     "TensorWalk",

@@ -9,55 +9,103 @@ of DDTree, https://github.com/liranringel/ddtree, and of EAGLE-2, arXiv 2406.168
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vllm_hidden_transfer.tree.candidates import Candidates, CopiedPaths, GivenCandidates
 from vllm_hidden_transfer.tree.tensors import TreeTensors
 from vllm_hidden_transfer.tree.token_tree import ROOT, TokenTree
 
 
 def most_probable(
-    tokens: torch.Tensor, log_probabilities: torch.Tensor, budget: int
+    candidates: Candidates, budget: int, copied: CopiedPaths | None = None
 ) -> TreeTensors:
     """The ``budget`` most probable paths of every request, best first. Nothing waits for the device.
 
     Args:
-        tokens: int64 [b, depths, width], candidates of each depth, distinct within a depth.
-        log_probabilities: float64 of the same shape, the candidates' draft log-probabilities, or
-            [b, depths, width, width], those after each candidate of the depth before. Candidates that are -inf or NaN
-            never live.
+        candidates: of b requests. Those that are -inf or NaN never live.
         budget: nodes of each tree, dead ones included.
+        copied: paths to mix in, which may be longer than there are candidates.
 
     Returns:
         The trees. Of equally probable paths any may be taken, but never a child without its parent.
     """
-    scores = log_probabilities if log_probabilities.dim() == 4 else log_probabilities[:, :, None]
-    num_requests, num_depths, width = tokens.shape
-    each = torch.arange(num_requests, device=tokens.device)[:, None]
-    beam_choices = tokens.new_zeros(num_requests, 1)
-    beam_scores = scores.new_zeros(num_requests, 1)
-    beam_nodes = tokens.new_full((num_requests, 1), ROOT)
+    tokens = candidates.tokens
+    num_requests, num_depths, _ = tokens.shape
+    beam = _Beam.roots(tokens)
     levels: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     first = 0
-    for depth in range(num_depths):
+    for depth in range(max(num_depths, 0 if copied is None else copied.tokens.shape[1])):
+        if depth < num_depths:
+            names = tokens[:, depth]
+            scores = beam.scores[:, :, None] + candidates.after(depth, beam.tokens)
+        else:
+            names = tokens.new_empty(num_requests, 0)
+            scores = beam.scores.new_empty(*beam.scores.shape, 0)
+        if copied is not None and depth < copied.tokens.shape[1]:
+            names, scores = _with_copied(names, scores, beam, copied, depth)
         # A node of the best tree is among the ``budget`` best of its own depth, so a beam loses nothing.
-        rows = beam_choices.clamp(max=scores.shape[2] - 1)
-        flat = (beam_scores[:, :, None] + scores[each, depth, rows]).flatten(1)
+        width = names.shape[1]
+        flat = scores.flatten(1)
         flat.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
         keep = min(budget, flat.shape[1])
-        beam_scores, best = flat.topk(keep, dim=1)
-        parent, beam_choices = beam_nodes.gather(1, best // width), best % width
-        levels.append((tokens[:, depth].gather(1, beam_choices), parent, beam_scores))
-        beam_nodes = torch.arange(first, first + keep, device=tokens.device).expand(
-            num_requests, keep
-        )
+        kept, best = flat.topk(keep, dim=1)
+        above = best // width
+        chosen = names.gather(1, best % width)
+        levels.append((chosen, beam.nodes.gather(1, above), kept))
+        nodes = torch.arange(first, first + keep, device=tokens.device).expand(num_requests, keep)
+        copies = beam.copies
+        if copied is not None and depth < copied.tokens.shape[1]:
+            copies = beam.copies.gather(1, above) & (chosen == copied.tokens[:, depth, None])
+        beam = _Beam(chosen, kept, nodes, copies)
         first += keep
     all_tokens, all_parents, all_scores = (
         torch.cat(part, dim=1) for part in zip(*levels, strict=True)
     )
     return _take(all_tokens, all_parents, all_scores, budget)
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """The nodes of one depth whose children are tried, all [b, m]."""
+
+    tokens: torch.Tensor
+    scores: torch.Tensor
+    """Log-probabilities of their paths."""
+    nodes: torch.Tensor
+    """Their places among all that were tried, ``ROOT`` for the root."""
+    copies: torch.Tensor
+    """Whether the path to a node is the copied one so far."""
+
+    @classmethod
+    def roots(cls, like: torch.Tensor) -> _Beam:
+        """The roots of b requests, on the device of their candidates [b, depths, width]."""
+        tokens = like.new_zeros(len(like), 1)
+        return cls(
+            tokens, tokens.double(), torch.full_like(tokens, ROOT), torch.ones_like(tokens).bool()
+        )
+
+
+def _with_copied(
+    names: torch.Tensor, scores: torch.Tensor, beam: _Beam, copied: CopiedPaths, depth: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix the copied path's next token in, as one more column that lives where it is no candidate already.
+
+    Args:
+        names: int64 [b, width].
+        scores: float64 [b, m, width], of the paths of the beam with each of these behind it.
+    """
+    token, share = copied.tokens[:, depth, None], copied.shares[:, depth, None]
+    mixed = torch.where(beam.copies[:, :, None], scores + (-share).log1p()[:, :, None], scores)
+    followed = (beam.scores + share.log()).masked_fill(~beam.copies, -torch.inf)
+    same = names == token
+    both = torch.logaddexp(mixed, followed[:, :, None])
+    alone = followed.masked_fill(same.any(1, keepdim=True), -torch.inf)
+    mixed = torch.cat([torch.where(same[:, None], both, mixed), alone[:, :, None]], dim=2)
+    return torch.cat([names, token], dim=1), mixed
 
 
 def _take(
@@ -120,8 +168,8 @@ def most_probable_paths(
     tokens: NDArray[np.int64], log_probabilities: NDArray[np.float64], budget: int
 ) -> list[TokenTree]:
     """``most_probable`` in path-major order, as trees on the host with at most ``budget`` nodes."""
-    best = most_probable(torch.tensor(tokens), torch.tensor(log_probabilities), budget)
-    return path_major(best).on_host()
+    given = GivenCandidates(torch.tensor(tokens), torch.tensor(log_probabilities))
+    return path_major(most_probable(given, budget)).on_host()
 
 
 def limit_runs(tree: TokenTree, max_runs: int) -> TokenTree:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from vllm_hidden_transfer.drafting.distributions import candidates
+from vllm_hidden_transfer.drafting.distributions import DraftCandidates, candidates
+from vllm_hidden_transfer.drafting.lookup import SHARES, look_up, mixed_in
 from vllm_hidden_transfer.drafting.source import DraftBatch
 from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
 from vllm_hidden_transfer.engine.draft_pass import DraftPass
@@ -24,7 +25,7 @@ logger = init_logger("vllm.hidden_transfer")
 
 
 class TransferSource:
-    """Drafts with the maps of a transfer checkpoint.
+    """Drafts with the maps of a transfer checkpoint, and what prompt lookup copies mixed in.
 
     Pseudo rows stand at the positions of the tokens to come. Their keys and values go into the request's own
     blocks, into slots that the next step writes before it reads them, or into scratch where no block is allocated.
@@ -53,28 +54,25 @@ class TransferSource:
     @torch.inference_mode()
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         logits = self.draft_logits(batch)
-        tokens, log_probabilities = candidates(
-            logits, self._temperatures, batch.budget, self._pass.bigram
-        )
-        self._drop_unusable(log_probabilities)
-        trees = most_probable(tokens, log_probabilities, batch.budget)
+        found = candidates(logits, self._temperatures, batch.budget, self._pass.bigram)
+        copied = mixed_in(look_up(batch.token_ids), SHARES)
+        trees = most_probable(self._usable(found), batch.budget, copied)
         return path_major(trees).on_host()
 
-    def _drop_unusable(self, log_probabilities: torch.Tensor) -> None:
-        """Leave rows without a meaning out of the trees.
+    def _usable(self, found: DraftCandidates) -> DraftCandidates:
+        """The candidates without those of rows that mean nothing.
 
         A row without a block of its own has seen what others wrote. One with NaN or infinite logits is counted and told
         of once, and its keys and values are cleared, because the kernel reads whole blocks and 0 x NaN is NaN."""
         homeless = torch.from_numpy(self._homeless)
-        log_probabilities[homeless] = -torch.inf
-        broken = log_probabilities[..., 0].isnan().reshape(*self._slots.shape, -1).any(-1)
+        broken = found.broken & ~homeless
         unusable = int(broken.sum())
-        if not unusable:
-            return
-        self._runner.clear(torch.from_numpy(self._slots)[broken.cpu()])
-        if not self.unusable_rows:
-            logger.warning(UNUSABLE_DRAFTS)
-        self.unusable_rows += unusable
+        if unusable:
+            self._runner.clear(torch.from_numpy(self._slots)[broken.cpu()])
+            if not self.unusable_rows:
+                logger.warning(UNUSABLE_DRAFTS)
+            self.unusable_rows += unusable
+        return found.without(homeless) if homeless.any() else found
 
     def draft_logits(self, batch: DraftBatch) -> torch.Tensor:
         """The draft pass: logits [requests, k, vocabulary] for the depths 1..k of every request's tree."""

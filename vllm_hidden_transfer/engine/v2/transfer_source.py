@@ -40,12 +40,9 @@ class TransferSourceV2:
 
     def propose_tensors(self, batch: SlotBatch) -> TreeTensors:
         logits = self.draft_logits(batch)
-        tokens, log_probabilities = candidates(
-            logits, self._temperatures, batch.budget, self._pass.bigram
-        )
-        unusable = log_probabilities[..., 0].isnan().reshape(*tokens.shape[:2], -1).any(-1)
-        self._runner.forget_drafts(unusable)
-        return most_probable(tokens, log_probabilities, batch.budget)
+        found = candidates(logits, self._temperatures, batch.budget, self._pass.bigram)
+        self._runner.forget_drafts(found.broken)
+        return most_probable(found, batch.budget)
 
     def draft_logits(self, batch: SlotBatch) -> torch.Tensor:
         """The draft pass: logits [b, k, vocabulary] for the depths 1..k of every request's tree."""
