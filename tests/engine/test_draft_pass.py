@@ -23,11 +23,10 @@ from tests.support.engines import (
     random_prompts,
 )
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
+from vllm_hidden_transfer.drafting import lookup
 from vllm_hidden_transfer.drafting.bigram import BigramTables
 from vllm_hidden_transfer.drafting.distributions import candidates
-from vllm_hidden_transfer.drafting.lookup import look_up, mixed_in
 from vllm_hidden_transfer.drafting.source import DraftBatch
-from vllm_hidden_transfer.engine.v1 import transfer_source
 from vllm_hidden_transfer.engine.v1.transfer_source import TransferSource
 from vllm_hidden_transfer.tree import TokenTree, TreeTensors, most_probable
 
@@ -82,7 +81,11 @@ def worth_of_paths(trees: TreeTensors) -> dict[tuple[int, ...], float]:
 def assert_best_trees(
     model: Any, checkpoint: Path, drafted: list[tuple[np.ndarray, TokenTree]], budget: int
 ) -> int:
-    """No tree of so many nodes is more probable under transformers' own drafts and the copies; how many nodes are such."""
+    """No tree of so many nodes is more probable under transformers' own drafts and the copies.
+
+    Returns:
+        How many nodes are copies.
+    """
     config, maps = load_checkpoint(checkpoint)
     bigram = None
     if maps.bigram is not None:
@@ -95,7 +98,7 @@ def assert_best_trees(
     for known, tree in drafted:
         logits = reference_draft_logits(model, checkpoint, known)[None]
         found = candidates(logits, temperatures, budget, bigram)
-        copied = mixed_in(look_up([known]), transfer_source.SHARES)
+        copied = lookup.mixed_in(lookup.look_up([known]), lookup.SHARES)
         # Eight times the nodes, so that all that may have changed places with the last one is in it.
         worth = worth_of_paths(most_probable(found, 8 * budget, copied))
         paths = [tuple(tree.tokens[tree.path(node)].tolist()) for node in range(len(tree))]
@@ -139,7 +142,7 @@ def test_drafts_equal_transformers(
     monkeypatch.setattr(TransferSource, "draft_logits", recording)
     monkeypatch.setattr(TransferSource, "propose", recording_trees)
     # As fitted, a match of one token is not trusted at depth 1, and longer ones are rare beside random maps.
-    monkeypatch.setattr(transfer_source, "SHARES", np.full_like(transfer_source.SHARES, 0.5))
+    monkeypatch.setattr(lookup, "SHARES", np.full_like(lookup.SHARES, 0.5))
     monkeypatch.setenv(CHECKPOINT_VARIABLE, str(checkpoint))
     # Long ones hold many tokens, so that the answers of a random target give prompt lookup something to copy.
     prompts = random_prompts(5, lengths=(400, 350, 300, 40, 5))

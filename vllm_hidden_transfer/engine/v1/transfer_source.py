@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from vllm_hidden_transfer.drafting import lookup
 from vllm_hidden_transfer.drafting.distributions import DraftCandidates, candidates
-from vllm_hidden_transfer.drafting.lookup import SHARES, look_up, mixed_in
 from vllm_hidden_transfer.drafting.source import DraftBatch
 from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
 from vllm_hidden_transfer.engine.draft_pass import DraftPass
@@ -55,7 +55,7 @@ class TransferSource:
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         logits = self.draft_logits(batch)
         found = candidates(logits, self._temperatures, batch.budget, self._pass.bigram)
-        copied = mixed_in(look_up(batch.token_ids), SHARES)
+        copied = lookup.mixed_in(lookup.look_up(batch.token_ids), lookup.SHARES)
         trees = most_probable(self._usable(found), batch.budget, copied)
         return path_major(trees).on_host()
 
