@@ -23,6 +23,7 @@ def candidates(
     temperatures: torch.Tensor,
     width: int,
     bigram: BigramTables | None = None,
+    columns: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable tokens of each depth under softmax(logits / temperature of the depth).
 
@@ -31,6 +32,8 @@ def candidates(
         temperatures: float32 [depths] on the same device, the calibration.
         width: candidates to keep at each depth.
         bigram: re-weights the candidates of a depth by each candidate of the depth before.
+        columns: int64 [requests, vocabulary], the token that each logit is of; None where that is its place. A logit of
+            no token is -inf.
 
     Returns:
         Tokens int64 [requests, depths, width], the most probable of each depth first, and their log-probabilities:
@@ -43,6 +46,8 @@ def candidates(
     width = min(width, logits.shape[-1])
     parts = [_best(rows, temperatures, width) for rows in logits.split(_REQUESTS_AT_ONCE)]
     tokens, best, total = (torch.cat(part) for part in zip(*parts, strict=True))
+    if columns is not None:
+        tokens = columns.gather(1, tokens.flatten(1)).view_as(tokens)
     if bigram is None:
         return tokens, (best - total[:, :, None]).double()
     return tokens, bigram.log_probabilities(tokens, best, total, temperatures).double()
