@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
+from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer, draft
 from vllm_hidden_transfer.evaluation.study import bigram_tables, judged_answers
 from vllm_hidden_transfer.evaluation.walks import BigramDrafter, Drafter, OnePassDrafter, walk
@@ -98,7 +99,11 @@ def worth_of(
     """
     config, maps = load_checkpoint(checkpoint)
     maps = maps.float()
-    drafts = [draft(target, prefixes, maps, answer, on_path=False) for answer in answers]
+    vocabulary = DraftVocabulary.of(checkpoint, config)
+    drafts = [
+        draft(target, prefixes, maps, answer, on_path=False, vocabulary=vocabulary)
+        for answer in answers
+    ]
     temperatures = list(config.calibration.temperatures)
     drafter: Drafter = OnePassDrafter(drafts, temperatures)
     if maps.bigram is not None:

@@ -593,7 +593,7 @@ def test_tune_judges_on_what_it_was_not_fitted_on(
     maps = random_maps("token")
     config, _ = load_checkpoint(folders["maps"])
     answers = judged_answers(examples, 20)
-    prepared = Prepared(config, maps, target, "fingerprint", cache, answers)
+    prepared = Prepared(config, maps, None, target, "fingerprint", cache, answers)
     tuned = tune(prepared, StepCosts(row=0.1, draft=0.5), SILENT)
     drafts = draft_with_maps(target, cache, maps, answers, SILENT)
     fitted = [drafts[number] for number in (0, 2, 3, 5)]  # every second of each temperature

@@ -23,6 +23,7 @@ from rich.progress import (
 from vllm_hidden_transfer.checkpoint.config import TransferConfig, one_sentence
 from vllm_hidden_transfer.checkpoint.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.checkpoint.maps import CheckpointError, TransferMaps, load_checkpoint
+from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
 from vllm_hidden_transfer.evaluation.study import group_name, judged_answers
 from vllm_hidden_transfer.offline.cache import Example, PrefixCache
@@ -75,6 +76,8 @@ class Prepared:
     config: TransferConfig
     maps: TransferMaps
     """As they are stored, but in fp32."""
+    vocabulary: DraftVocabulary | None
+    """What the checkpoint drafts from; None for all tokens."""
     target: FrozenTarget
     fingerprint: str
     """The target's own, which is not the checkpoint's where a mismatch is allowed."""
@@ -119,6 +122,7 @@ def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
     """
     try:
         config, maps = load_checkpoint(request.checkpoint)
+        vocabulary = DraftVocabulary.of(request.checkpoint, config)
         if request.held_out and config.held_out_by is None:
             raise JudgingError(_UNKNOWN_SPLIT.format(request.checkpoint))
         fingerprint = _check_target(request, config, console)
@@ -133,7 +137,7 @@ def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
     except (CheckpointError, FingerprintError, DataError, OSError, ValueError) as error:
         raise JudgingError(error) from error
     answers = judged_answers(examples, request.max_tokens)
-    return Prepared(config, maps.float(), target, fingerprint, prefixes, answers)
+    return Prepared(config, maps.float(), vocabulary, target, fingerprint, prefixes, answers)
 
 
 def _check_target(request: Request, config: TransferConfig, console: Console) -> str:
