@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -142,10 +142,7 @@ def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
 
 def _check_target(request: Request, config: TransferConfig, console: Console) -> str:
     """The target's fingerprint, when the checkpoint fits it."""
-    path = request.target / "config.json"
-    if not path.is_file():
-        raise JudgingError(f"There is no target model in {request.target}: it has no config.json.")
-    found = text_config(request.target)
+    found = target_config(request.target)
     shape = config.target.model_dump(exclude={"fingerprint"})
     for name, expected in shape.items():
         if getattr(found, name, None) != expected:
@@ -163,6 +160,18 @@ def _check_target(request: Request, config: TransferConfig, console: Console) ->
             raise JudgingError(f"{mismatch}, or judge all the same with --allow-target-mismatch.")
         console.print(f"{mismatch}; judged all the same.")
     return fingerprint
+
+
+def target_config(target: Path) -> Any:
+    """The transformers configuration of the target's decoder.
+
+    Raises:
+        JudgingError: there is no target.
+        OSError, ValueError: its config.json is none that transformers can read.
+    """
+    if not (target / "config.json").is_file():
+        raise JudgingError(f"There is no target model in {target}: it has no config.json.")
+    return text_config(target)
 
 
 def read_answers(target: Path, paths: Sequence[Path], vocab_size: int) -> Corpus:

@@ -12,9 +12,8 @@ from rich.console import Console
 from vllm_hidden_transfer.checkpoint.maps import CheckpointError, load_checkpoint
 from vllm_hidden_transfer.checkpoint.vocabulary import VOCABULARY_FILE, save_vocabulary
 from vllm_hidden_transfer.drafting.vocabulary import most_used
-from vllm_hidden_transfer.evaluation.preparation import JudgingError, read_answers
+from vllm_hidden_transfer.evaluation.preparation import JudgingError, read_answers, target_config
 from vllm_hidden_transfer.offline.rows import DataError
-from vllm_hidden_transfer.offline.target import text_config
 
 
 def write_vocabulary(
@@ -32,7 +31,7 @@ def write_vocabulary(
                 f"The maps in {checkpoint} are chained: those draft from all tokens."
             )
         vocabulary = config.target.vocab_size
-        found = text_config(target).vocab_size
+        found = target_config(target).vocab_size
         if found != vocabulary:
             raise JudgingError(
                 f"The checkpoint {checkpoint} is for a target with a vocabulary of {vocabulary}, but {target} has "
