@@ -108,7 +108,7 @@ class DraftHead:
         except WholeHeadError as reason:
             self._about = f", all tokens instead of the checkpoint's list ({reason})"
         else:
-            self._about = f", {len(listed)} tokens and each request's own"
+            self._about = f", a vocabulary of {len(listed)} tokens and each request's own"
 
     def describe(self) -> str:
         """Of what drafts are made, to stand behind the maps; nothing where the checkpoint has no list."""
