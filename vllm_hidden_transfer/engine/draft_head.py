@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import linear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
@@ -25,6 +24,18 @@ _PROBE_ROWS = 4
 
 class WholeHeadError(Exception):
     """A target's LM head cannot be read in part; the message says why, in a few words."""
+
+
+class _Head(torch.nn.Module):
+    """What vLLM's logits processor and kernels look at of an LM head."""
+
+    tp_size = 1
+
+    def __init__(self, weight: torch.Tensor, method: UnquantizedEmbeddingMethod) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.quant_method = method
+        method.process_weights_after_loading(self)
 
 
 class HeadRows:
@@ -51,11 +62,12 @@ class HeadRows:
         if head.tp_size > 1:
             raise WholeHeadError("this target's LM head is spread over ranks")
         self._weight: torch.Tensor = head.weight
-        self._dtype: torch.dtype = processor.head_dtype or self._weight.dtype
-        self._listed = self._weight[listed].to(self._dtype)
-        # Stock's own soft cap and scale, for logits that are there.
-        self._processor = copy.copy(processor)
-        self._processor.logits_as_input = True
+        # A head of fewer rows for stock's own processor, which so picks its kernel for few rows of states: on a CPU
+        # torch's takes 2.5 times as long.
+        self._listed = _Head(self._weight[listed], head.quant_method)
+        self._of_listed, self._of_own = copy.copy(processor), copy.copy(processor)
+        self._of_listed.org_vocab_size = len(listed)
+        self._of_own.logits_as_input = True
         self._probe(model, listed)
 
     def logits(self, hidden: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -65,14 +77,13 @@ class HeadRows:
             hidden: [b, k, d], after the last norm.
             own: int64 [b, m], each request's own tokens; negative where there is none, and its logit -inf.
         """
-        hidden = hidden.to(self._dtype)
-        parts = [linear(hidden, self._listed)]
-        if own.shape[1]:
-            rows = self._weight[own.clamp(min=0)].to(self._dtype)
-            parts.append(hidden @ rows.transpose(1, 2))
-        logits: torch.Tensor = self._processor(None, torch.cat(parts, dim=-1))
-        logits[..., len(self._listed) :].masked_fill_(own[:, None] < 0, -torch.inf)
-        return logits
+        flat: torch.Tensor = self._of_listed(self._listed, hidden.flatten(0, 1))
+        logits = flat.unflatten(0, hidden.shape[:2])
+        if not own.shape[1]:
+            return logits
+        rows = self._weight[own.clamp(min=0)].to(logits.dtype)
+        own_logits = self._of_own(None, hidden.to(logits.dtype) @ rows.transpose(1, 2))
+        return torch.cat([logits, own_logits.masked_fill(own[:, None] < 0, -torch.inf)], dim=-1)
 
     @torch.inference_mode()
     def _probe(self, model: Any, listed: torch.Tensor) -> None:
