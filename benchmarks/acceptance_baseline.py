@@ -24,6 +24,7 @@ from rich.console import Console
 
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
 from vllm_hidden_transfer.drafting.lookup import SHARES
+from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer, draft
 from vllm_hidden_transfer.evaluation.study import bigram_tables, judged_answers
 from vllm_hidden_transfer.evaluation.walks import BigramDrafter, Drafter, OnePassDrafter, walk
@@ -99,7 +100,11 @@ def worth_of(
     """
     config, maps = load_checkpoint(checkpoint)
     maps = maps.float()
-    drafts = [draft(target, prefixes, maps, answer, on_path=False) for answer in answers]
+    vocabulary = DraftVocabulary.of(checkpoint, config)
+    drafts = [
+        draft(target, prefixes, maps, answer, on_path=False, vocabulary=vocabulary)
+        for answer in answers
+    ]
     temperatures = list(config.calibration.temperatures)
     drafter: Drafter = OnePassDrafter(drafts, temperatures, SHARES)
     if maps.bigram is not None:

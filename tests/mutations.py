@@ -334,6 +334,35 @@ MUTATIONS = (
         ),
         "tests/unit/test_layout.py::test_scratch_goes_where_it_is_worth_most",
     ),
+    Mutation(
+        "own tokens of another request",
+        "drafting/vocabulary.py",
+        (
+            (
+                "own = [self._own(tokens, limit) for tokens in token_ids]",
+                "own = [self._own(token_ids[0], limit) for _ in token_ids]",
+            ),
+        ),
+        "tests/unit/test_vocabulary.py::test_no_tokens_of_another_request_and_none_of_before",
+    ),
+    Mutation(
+        "columns taken for tokens",
+        "drafting/distributions.py",
+        (("tokens = columns.gather(1, tokens.flatten(1)).view_as(tokens)", "pass"),),
+        "tests/unit/test_vocabulary.py::test_candidates_of_some_columns_are_those_of_masked_logits",
+    ),
+    Mutation(
+        "places without a token drafted",
+        "engine/draft_head.py",
+        (("own[:, None] < 0, -torch.inf", "own[:, None] < 0, 0.0"),),
+        "tests/unit/test_draft_head.py::test_logits_are_the_whole_heads[plain]",
+    ),
+    Mutation(
+        "a study of all tokens",
+        "evaluation/drafts.py",
+        (("logits = logits.masked_fill(left_out, -torch.inf)", "pass"),),
+        "tests/unit/test_study.py::test_drafts_of_a_vocabulary_are_the_softmax_over_it",
+    ),
 )
 
 

@@ -131,8 +131,8 @@ def test_drafts_equal_transformers(
         drafted.extend(zip((tokens.copy() for tokens in batch.token_ids), trees, strict=True))
         return trees
 
-    def recording(self: TransferSource, batch: Any) -> torch.Tensor:
-        logits = stock(self, batch)
+    def recording(self: TransferSource, batch: Any, columns: None) -> torch.Tensor:
+        logits = stock(self, batch, columns)
         seen.extend(
             (tokens.copy(), row.clone())
             for tokens, row in zip(batch.token_ids, logits, strict=True)

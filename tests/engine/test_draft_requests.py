@@ -64,8 +64,8 @@ class RecordingSource(TransferSource):
         super().__init__(runner, os.environ[CHECKPOINT_VARIABLE])
         RecordingSource.drafted = []
 
-    def draft_logits(self, batch: DraftBatch) -> torch.Tensor:
-        self._logits = super().draft_logits(batch)
+    def draft_logits(self, batch: DraftBatch, columns: torch.Tensor | None) -> torch.Tensor:
+        self._logits = super().draft_logits(batch, columns)
         return self._logits
 
     def propose(self, batch: DraftBatch) -> list[TokenTree]:

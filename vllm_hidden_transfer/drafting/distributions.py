@@ -71,6 +71,7 @@ def candidates(
     temperatures: torch.Tensor,
     width: int,
     bigram: BigramTables | None = None,
+    columns: torch.Tensor | None = None,
 ) -> DraftCandidates:
     """The most probable tokens of each depth under softmax(logits / temperature of the depth).
 
@@ -79,12 +80,16 @@ def candidates(
         temperatures: float32 [depths] on the same device, the calibration.
         width: candidates to keep at each depth.
         bigram: re-weights the candidates of a depth by the token at the depth before.
+        columns: int64 [b, vocabulary], the token that each logit is of; None where that is its place. A logit of no
+            token is -inf.
     """
     if bigram is not None:
         width = max(width, BIGRAM_WIDTH)
     width = min(width, logits.shape[-1])
     parts = [_best(rows, temperatures, width) for rows in logits.split(_REQUESTS_AT_ONCE)]
     tokens, best, totals = (torch.cat(part) for part in zip(*parts, strict=True))
+    if columns is not None:
+        tokens = columns.gather(1, tokens.flatten(1)).view_as(tokens)
     return DraftCandidates(tokens, best, totals, temperatures, bigram)
 
 

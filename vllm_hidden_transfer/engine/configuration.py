@@ -241,9 +241,11 @@ def _checkpoint_folder(model: object, target: Target) -> Path:
 
 def _load_config(folder: Path) -> TransferConfig:
     from vllm_hidden_transfer.checkpoint.maps import CheckpointError, load_checkpoint
+    from vllm_hidden_transfer.checkpoint.vocabulary import load_vocabulary
 
     try:
         config = load_checkpoint(folder)[0]
+        load_vocabulary(folder, config)
     except CheckpointError as error:
         raise ConfigurationError(str(error)) from error
     if config.conditioning == "chained":

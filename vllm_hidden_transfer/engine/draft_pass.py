@@ -2,9 +2,9 @@
 """The draft pass of two-pass hidden transfer, as both model runners run it.
 
 After verification, k pseudo hidden states a request enter the target's own layers t..L-1 as one more pass over the
-same KV cache; the target's norm and LM head read a draft distribution off each (arXiv 2404.12022, section 3, with the
-sampled token known, as in our token-conditioned maps). Where their rows attend and where their keys and values lie is
-the runner's to say.
+same KV cache; the target's norm and LM head (``draft_head``) read a draft distribution off each (arXiv 2404.12022,
+section 3, with the sampled token known, as in our token-conditioned maps). Where their rows attend and where their keys
+and values lie is the runner's to say.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ class DraftPass:
         """
         return self.maps(hidden, model.model.embed_tokens(sampled))
 
-    def logits(
+    def states(
         self,
         model: Any,
         pseudo: torch.Tensor,
         positions: torch.Tensor,
         attention: tuple[dict[str, Any], dict[str, torch.Tensor]],
     ) -> torch.Tensor:
-        """Draft logits [b, k, vocabulary] of the depths 1..k.
+        """What the LM head reads, [b, k, d] after the last norm, of the depths 1..k.
 
         Args:
             model: vLLM's ``...ForCausalLM``.
@@ -109,5 +109,4 @@ class DraftPass:
             for layer in model.model.layers[self.config.transfer_layer :]:
                 hidden, residual = layer(positions, hidden, residual)
         hidden, _ = model.model.norm(hidden, residual)
-        logits: torch.Tensor = model.compute_logits(hidden)
-        return logits.unflatten(0, pseudo.shape[:2])
+        return hidden.unflatten(0, pseudo.shape[:2])

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_hidden_transfer.checkpoint.maps import TransferMaps
+from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary
 from vllm_hidden_transfer.offline.cache import Example
 from vllm_hidden_transfer.offline.prefixes import Prefixes
 from vllm_hidden_transfer.offline.target import FrozenTarget, SharedPrefixes
@@ -87,7 +88,7 @@ class Drafts:
     came: NDArray[np.int64]
     """[n, k]: the token that came; -1 beyond the end of the example."""
     came_logits: NDArray[np.float32]
-    """[n, k]: its logit; NaN beyond the end."""
+    """[n, k]: its logit; NaN beyond the end and where the draft vocabulary lacks the token."""
 
     def log_totals(self, depth: int, temperature: float) -> FloatArray:
         """[n]: log of the sum of exp(logit / temperature) over the vocabulary, depth 0 first.
@@ -109,7 +110,7 @@ class Drafts:
     def ranks(self) -> NDArray[np.int64]:
         """[n, k]: rank of the token that came, 0 for the most probable; the width where it is none of the
         candidates, -1 beyond the end."""
-        found = self.tokens == self.came[:, :, None]
+        found = (self.tokens == self.came[:, :, None]) & np.isfinite(self.logits)
         ranks = np.where(found.any(-1), found.argmax(-1), self.tokens.shape[-1])
         return np.where(self.came >= 0, ranks, -1)
 
@@ -136,7 +137,10 @@ def _log_sum_series(logits: Tensor) -> Tensor:
 
 
 def drafts_from_states(
-    answer: JudgedAnswer, states: Iterator[Tensor] | Sequence[Tensor], head: Tensor
+    answer: JudgedAnswer,
+    states: Iterator[Tensor] | Sequence[Tensor],
+    head: Tensor,
+    vocabulary: DraftVocabulary | None = None,
 ) -> Drafts:
     """Read the distributions off the states that a drafter hands to the LM head.
 
@@ -144,6 +148,7 @@ def drafts_from_states(
         answer: the judged answer.
         states: [some roots, k, d], one after the other for all roots of the answer, after the last norm.
         head: the LM head's weight [vocabulary, d].
+        vocabulary: what is drafted from; None for all tokens.
     """
     example = answer.example
     tokens = torch.tensor(example.tokens)
@@ -153,8 +158,15 @@ def drafts_from_states(
         steps = torch.arange(2, part.shape[1] + 2)
         places = torch.arange(start, start + len(part))[:, None] + steps
         came = tokens[places.clamp(max=len(tokens) - 1)]
+        left_out = None
+        if vocabulary is not None:
+            known = [
+                np.array(example.tokens[: root + 2], dtype=np.int32)
+                for root in range(start, start + len(part))
+            ]
+            left_out = _left_out(vocabulary, known, len(head)).to(part.device)
         by_depth = [
-            _keep(part[:, depth] @ head.T, came[:, depth].to(part.device))
+            _keep(part[:, depth] @ head.T, came[:, depth].to(part.device), left_out)
             for depth in range(part.shape[1])
         ]
         top, logits, rest, logit = (
@@ -174,10 +186,21 @@ def drafts_from_states(
     return Drafts(answer, *(torch.cat(parts).numpy() for parts in zip(*kept, strict=True)))
 
 
-def _keep(logits: Tensor, came: Tensor) -> tuple[Tensor, ...]:
+def _left_out(vocabulary: DraftVocabulary, known: Sequence[NDArray[np.int32]], size: int) -> Tensor:
+    """bool [n, size]: the tokens that are not drafted after the n known texts."""
+    left_out = torch.ones(len(known), size, dtype=torch.bool)
+    for row, tokens in zip(left_out, known, strict=True):
+        row[torch.from_numpy(vocabulary.columns([tokens])[0])] = False
+    return left_out
+
+
+def _keep(logits: Tensor, came: Tensor, left_out: Tensor | None) -> tuple[Tensor, ...]:
     """Candidates, their logits, the series of the rest and the logit of the token that came, on the CPU."""
     logits = logits.float()
+    if left_out is not None:
+        logits = logits.masked_fill(left_out, -torch.inf)
     came_logits = logits.gather(1, came[:, None])[:, 0]
+    came_logits = came_logits.masked_fill(came_logits == -torch.inf, float("nan"))
     top, ids = logits.topk(min(WIDTH, logits.shape[-1]), dim=-1)
     rest = _log_sum_series(logits.scatter(1, ids, float("-inf")))
     return tuple(part.cpu() for part in (ids, top, rest, came_logits))
@@ -190,15 +213,16 @@ def draft(
     maps: TransferMaps,
     answer: JudgedAnswer,
     on_path: bool = True,
+    vocabulary: DraftVocabulary | None = None,
 ) -> Drafts:
     """What transfer maps, which go where the target is, draft at every root of an answer in `prefixes`.
 
-    `on_path=False` leaves a bigram re-weighting out: what a depth says from the root alone.
+    `on_path=False` leaves a bigram re-weighting out: what a depth says from the root alone. A `vocabulary` makes them
+    draft as an engine does that serves this answer alone or among a few.
     """
     maps = maps.to(target.device)
-    return drafts_from_states(
-        answer, _map_states(target, prefixes, maps, answer, on_path), target.head_weight
-    )
+    states = _map_states(target, prefixes, maps, answer, on_path)
+    return drafts_from_states(answer, states, target.head_weight, vocabulary)
 
 
 def _map_states(

@@ -60,8 +60,9 @@ def study_of(request: Request, prepared: Prepared, command: str, progress: Progr
     config = prepared.config
     temperatures = list(config.calibration.temperatures)
     parts = (prepared.target, prepared.prefixes, prepared.maps)
-    drafts = draft_with_maps(*parts, prepared.answers, progress)
-    drafter = maps_drafter(*parts, drafts, temperatures, SHARES)
+    vocabulary = prepared.vocabulary
+    drafts = draft_with_maps(*parts, prepared.answers, progress, vocabulary)
+    drafter = maps_drafter(*parts, drafts, temperatures, vocabulary, SHARES)
     return Study(
         provenance=provenance(
             command,
@@ -76,6 +77,7 @@ def study_of(request: Request, prepared: Prepared, command: str, progress: Progr
         transfer_layer=config.transfer_layer,
         temperatures=temperatures,
         node_budget=config.tree.node_budget,
+        draft_vocabulary=None if vocabulary is None else len(vocabulary.listed),
         max_tokens=request.max_tokens,
         opening_tokens=OPENING_TOKENS,
         groups=judge(Judged(drafts, drafter, temperatures), config.tree.node_budget, progress),

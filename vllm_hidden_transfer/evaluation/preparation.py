@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -23,6 +23,7 @@ from rich.progress import (
 from vllm_hidden_transfer.checkpoint.config import TransferConfig, one_sentence
 from vllm_hidden_transfer.checkpoint.fingerprint import FingerprintError, fingerprint_target
 from vllm_hidden_transfer.checkpoint.maps import CheckpointError, TransferMaps, load_checkpoint
+from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary
 from vllm_hidden_transfer.evaluation.drafts import JudgedAnswer
 from vllm_hidden_transfer.evaluation.study import group_name, judged_answers
 from vllm_hidden_transfer.offline.cache import Example, PrefixCache
@@ -75,6 +76,8 @@ class Prepared:
     config: TransferConfig
     maps: TransferMaps
     """As they are stored, but in fp32."""
+    vocabulary: DraftVocabulary | None
+    """What the checkpoint drafts from; None for all tokens."""
     target: FrozenTarget
     fingerprint: str
     """The target's own, which is not the checkpoint's where a mismatch is allowed."""
@@ -119,6 +122,7 @@ def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
     """
     try:
         config, maps = load_checkpoint(request.checkpoint)
+        vocabulary = DraftVocabulary.of(request.checkpoint, config)
         if request.held_out and config.held_out_by is None:
             raise JudgingError(_UNKNOWN_SPLIT.format(request.checkpoint))
         fingerprint = _check_target(request, config, console)
@@ -133,15 +137,12 @@ def prepare(request: Request, console: Console, progress: Progress) -> Prepared:
     except (CheckpointError, FingerprintError, DataError, OSError, ValueError) as error:
         raise JudgingError(error) from error
     answers = judged_answers(examples, request.max_tokens)
-    return Prepared(config, maps.float(), target, fingerprint, prefixes, answers)
+    return Prepared(config, maps.float(), vocabulary, target, fingerprint, prefixes, answers)
 
 
 def _check_target(request: Request, config: TransferConfig, console: Console) -> str:
     """The target's fingerprint, when the checkpoint fits it."""
-    path = request.target / "config.json"
-    if not path.is_file():
-        raise JudgingError(f"There is no target model in {request.target}: it has no config.json.")
-    found = text_config(request.target)
+    found = target_config(request.target)
     shape = config.target.model_dump(exclude={"fingerprint"})
     for name, expected in shape.items():
         if getattr(found, name, None) != expected:
@@ -159,6 +160,18 @@ def _check_target(request: Request, config: TransferConfig, console: Console) ->
             raise JudgingError(f"{mismatch}, or judge all the same with --allow-target-mismatch.")
         console.print(f"{mismatch}; judged all the same.")
     return fingerprint
+
+
+def target_config(target: Path) -> Any:
+    """The transformers configuration of the target's decoder.
+
+    Raises:
+        JudgingError: there is no target.
+        OSError, ValueError: its config.json is none that transformers can read.
+    """
+    if not (target / "config.json").is_file():
+        raise JudgingError(f"There is no target model in {target}: it has no config.json.")
+    return text_config(target)
 
 
 def read_answers(target: Path, paths: Sequence[Path], vocab_size: int) -> Corpus:

@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from vllm_hidden_transfer.checkpoint.maps import WEIGHTS_FILE, BigramMaps, TransferMaps
 from vllm_hidden_transfer.drafting.bigram import BigramTables
+from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary
 from vllm_hidden_transfer.evaluation.acceptance import acceptance, repeated_share
 from vllm_hidden_transfer.evaluation.calibration import (
     calibration_error,
@@ -77,10 +78,11 @@ def draft_with_maps(
     maps: TransferMaps,
     answers: Sequence[JudgedAnswer],
     progress: Progress,
+    vocabulary: DraftVocabulary | None = None,
 ) -> list[Drafts]:
     """Drafts at all roots of answers."""
     return [
-        draft(target, prefixes, maps, answer)
+        draft(target, prefixes, maps, answer, vocabulary=vocabulary)
         for answer in progress.track(answers, description="drafting")
     ]
 
@@ -91,9 +93,11 @@ def maps_drafter(
     maps: TransferMaps,
     drafts: Sequence[Drafts],
     temperatures: Sequence[float],
+    vocabulary: DraftVocabulary | None = None,
     shares: FloatArray | None = None,
 ) -> Drafter:
-    """Trees of transfer maps: from the drafts themselves, or path by path where they are chained.
+    """Trees of transfer maps: from the drafts themselves, which `vocabulary` is that of, or path by path where they are
+    chained.
 
     With `shares` (``drafting/lookup.py``) prompt lookup is mixed in as the engine does it; never into chained maps.
     """
@@ -101,7 +105,10 @@ def maps_drafter(
         answers = [item.answer for item in drafts]
         return ChainedDrafter(target, prefixes, maps, answers, temperatures)
     if maps.bigram is not None:
-        marginals = [draft(target, prefixes, maps, item.answer, on_path=False) for item in drafts]
+        marginals = [
+            draft(target, prefixes, maps, item.answer, on_path=False, vocabulary=vocabulary)
+            for item in drafts
+        ]
         tables = bigram_tables(target, maps.bigram)
         return BigramDrafter(marginals, tables, temperatures, shares)
     return OnePassDrafter(drafts, temperatures, shares)

@@ -122,6 +122,8 @@ class Study(_Part):
     temperatures: list[float]
     node_budget: int
     """The checkpoint's default tree size."""
+    draft_vocabulary: int | None = None
+    """Tokens on the list that drafts were taken from, beside each text's own; None where they were taken from all."""
     max_tokens: int
     """Output tokens that an answer was judged on at most."""
     opening_tokens: int

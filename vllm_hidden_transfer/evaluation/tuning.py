@@ -84,7 +84,12 @@ def tune(prepared: Prepared, costs: StepCosts | None, progress: Progress) -> Tun
     """
     fit_on, judge_on = _halves(
         draft_with_maps(
-            prepared.target, prepared.prefixes, prepared.maps, prepared.answers, progress
+            prepared.target,
+            prepared.prefixes,
+            prepared.maps,
+            prepared.answers,
+            progress,
+            prepared.vocabulary,
         )
     )
     config = prepared.config
@@ -125,7 +130,13 @@ def _lengths(
     budgets: Iterable[int],
 ) -> list[Length]:
     drafter = maps_drafter(
-        prepared.target, prepared.prefixes, prepared.maps, drafts, temperatures, SHARES
+        prepared.target,
+        prepared.prefixes,
+        prepared.maps,
+        drafts,
+        temperatures,
+        prepared.vocabulary,
+        SHARES,
     )
     outputs = [item.answer.tokens for item in drafts]
     return [measured(walk(outputs, drafter, budget), outputs) for budget in budgets]

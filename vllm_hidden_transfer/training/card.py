@@ -107,7 +107,7 @@ def export(
         config = _config(settings, target, maps, temperatures, facts.fingerprint)
         output = settings.output
         save_checkpoint(output, config, maps)
-        drafter = maps_drafter(target, prefixes, maps, drafts, temperatures, SHARES)
+        drafter = maps_drafter(target, prefixes, maps, drafts, temperatures, shares=SHARES)
         groups = judge(Judged(drafts, drafter, temperatures), config.tree.node_budget, progress)
     study = Study(
         provenance=provenance(

@@ -60,8 +60,8 @@ def drafts_of_v1(target: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     drafts = Drafts()
     draft_logits, propose = TransferSource.draft_logits, TransferSource.propose
 
-    def recording_logits(self: TransferSource, batch: Any) -> torch.Tensor:
-        logits = draft_logits(self, batch)
+    def recording_logits(self: TransferSource, batch: Any, columns: None) -> torch.Tensor:
+        logits = draft_logits(self, batch, columns)
         for tokens, one in zip(batch.token_ids, logits, strict=True):
             drafts.logits[tuple(tokens.tolist())] = one.float().numpy().copy()
         return logits

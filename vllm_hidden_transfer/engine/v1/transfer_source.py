@@ -14,6 +14,7 @@ from vllm_hidden_transfer.drafting import lookup
 from vllm_hidden_transfer.drafting.distributions import DraftCandidates, candidates
 from vllm_hidden_transfer.drafting.source import DraftBatch
 from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
+from vllm_hidden_transfer.engine.draft_head import DraftHead
 from vllm_hidden_transfer.engine.draft_pass import DraftPass
 from vllm_hidden_transfer.tree import TokenTree, draft_blocks, most_probable, path_major
 
@@ -36,6 +37,7 @@ class TransferSource:
         self._runner = runner
         self._pass = DraftPass(checkpoint, runner.vllm_config, runner.device)
         self.config = self._pass.config
+        self._head = DraftHead(checkpoint, self.config, runner.device)
         self.transfer_layer: int | None = self.config.transfer_layer
         self._temperatures = torch.tensor(
             self.config.calibration.temperatures, dtype=torch.float32, device=runner.device
@@ -46,15 +48,17 @@ class TransferSource:
         """Draft rows so far whose logits were NaN or infinite."""
 
     def describe(self) -> str:
-        return self._pass.describe()
+        return self._pass.describe() + self._head.describe()
 
     def on_target_loaded(self, model: Any) -> None:
         self._pass.on_target_loaded(model)
+        self._head.on_target_loaded(model)
 
     @torch.inference_mode()
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
-        logits = self.draft_logits(batch)
-        found = candidates(logits, self._temperatures, batch.budget, self._pass.bigram)
+        columns = self._head.columns(batch.token_ids)
+        logits = self.draft_logits(batch, columns)
+        found = candidates(logits, self._temperatures, batch.budget, self._pass.bigram, columns)
         copied = lookup.mixed_in(lookup.look_up(batch.token_ids), lookup.SHARES)
         trees = most_probable(self._usable(found), batch.budget, copied)
         return path_major(trees).on_host()
@@ -74,8 +78,11 @@ class TransferSource:
             self.unusable_rows += unusable
         return found.without(homeless) if homeless.any() else found
 
-    def draft_logits(self, batch: DraftBatch) -> torch.Tensor:
-        """The draft pass: logits [requests, k, vocabulary] for the depths 1..k of every request's tree."""
+    def draft_logits(self, batch: DraftBatch, columns: torch.Tensor | None) -> torch.Tensor:
+        """The draft pass: logits [requests, k, columns] for the depths 1..k of every request's tree.
+
+        ``columns`` says which tokens they are of, int64 [requests, columns]; None for the whole vocabulary.
+        """
         assert batch.hidden is not None
         runner, steps = self._runner, self._pass.steps
         sampled = torch.tensor([int(tokens[-1]) for tokens in batch.token_ids])
@@ -89,7 +96,8 @@ class TransferSource:
         attention = self._attention(batch.batch_rows, positions)
         rope = torch.from_numpy(positions.clip(max=runner.max_model_len - 1).ravel())
         runner.map_adapters(batch.batch_rows, steps)
-        return self._pass.logits(runner.model, pseudo, rope, attention)
+        states = self._pass.states(runner.model, pseudo, rope, attention)
+        return self._head.logits(runner.model, states, columns)
 
     def _attention(
         self, batch_rows: np.ndarray, positions: np.ndarray
