@@ -37,6 +37,7 @@ from tests.doubles.step_cost import (
 )
 from vllm_hidden_transfer.bench.engine_process import EngineProcess
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
+from vllm_hidden_transfer.checkpoint.vocabulary import load_vocabulary
 from vllm_hidden_transfer.machine import this_commit, this_machine
 from vllm_hidden_transfer.names import TEST_DRAFTS_VARIABLE
 
@@ -298,10 +299,12 @@ def prompt_ids(target: Path, prompts: list[list[dict[str, str]]]) -> list[list[i
 
 
 def byte_share(target: Path, checkpoint: Path) -> float:
-    """Share of the target's weights that a draft pass reads: layers t..L-1, LM head, maps."""
+    """Share of the target's weights that a draft pass reads: layers t..L-1, LM head (of a draft vocabulary the rows on
+    its list), maps."""
     from safetensors import safe_open
 
     config, maps = load_checkpoint(checkpoint)
+    listed = load_vocabulary(checkpoint, config)
     upper = layers = head = 0
     with safe_open(str(target / "model.safetensors"), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  not a dict
@@ -313,7 +316,8 @@ def byte_share(target: Path, checkpoint: Path) -> float:
             elif "embed_tokens" in name or "lm_head" in name:
                 head = max(head, size)
     own = sum(parameter.numel() for parameter in maps.parameters())
-    return (upper + head + own) / (layers + head)
+    rows = 1.0 if listed is None else len(listed) / config.target.vocab_size
+    return (upper + rows * head + own) / (layers + head)
 
 
 def ratio(rounds: list[Round], one: str, other: str) -> tuple[float, float, float]:

@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import planted_options
+from vllm_hidden_transfer.checkpoint.vocabulary import save_vocabulary
 
 pytestmark = pytest.mark.engine
 
@@ -239,6 +241,15 @@ def test_another_shape_is_refused_with_what_differs(target: Path, tmp_path: Path
     options = {"method": "hidden_transfer", "model": str(checkpoint)}
     with pytest.raises(ValueError, match="vocabulary 1234 against the target's 2048"):
         configure(target, speculative_config=options)
+
+
+def test_a_list_that_does_not_fit_is_refused(target: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(target / "hidden_transfer", tmp_path / "maps")
+    save_vocabulary(checkpoint, np.array([5, 2048], dtype=np.int32))
+    options = {"method": "hidden_transfer", "model": str(checkpoint)}
+    with pytest.raises(ValueError, match="token ids from 0 to 2047") as refusal:
+        configure(target, speculative_config=options)
+    assert "\n" not in str(refusal.value)
 
 
 def test_other_weights_are_refused_unless_allowed(target: Path, tmp_path: Path) -> None:
