@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.progress import Progress
 from tests.engine.test_demo_target import chat_prompts, with_maps
 from tests.support.engines import counters_of, engine, generate
 from vllm_hidden_transfer.checkpoint.maps import load_checkpoint
+from vllm_hidden_transfer.checkpoint.vocabulary import load_vocabulary, save_vocabulary
 from vllm_hidden_transfer.drafting.lookup import SHARES
 from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary
 from vllm_hidden_transfer.evaluation.study import (
@@ -33,7 +35,9 @@ PROMPTS, TOKENS, BUDGET = 12, 48, 16
 TOLERANCE = 0.02
 
 
-def test_acceptance_length_is_the_engines(demo_target: Path, record_property: Any) -> None:
+def test_acceptance_length_is_the_engines(
+    demo_target: Path, tmp_path: Path, record_property: Any
+) -> None:
     """12 prompts x 48 tokens, greedy, fp32, 16 nodes: within 2%, which drafts from all tokens are not."""
     prompts = chat_prompts(demo_target, PROMPTS)
     options: dict[str, Any] = {
@@ -41,7 +45,16 @@ def test_acceptance_length_is_the_engines(demo_target: Path, record_property: An
         "max_num_seqs": PROMPTS,
         "kv_cache_memory_bytes": 1 << 32,  # with less scratch the engine would cut trees
     }
-    with engine(demo_target, **options, **with_maps(demo_target, BUDGET)) as llm:
+    checkpoint = tmp_path / "maps"
+    shutil.copytree(demo_target / "hidden_transfer", checkpoint)
+    config, maps = load_checkpoint(checkpoint)
+    # A quarter of the demo's list, so that it shows when one side ignores it.
+    listed = load_vocabulary(checkpoint, config)
+    assert listed is not None
+    save_vocabulary(checkpoint, listed[:4096].copy())
+    speculation = with_maps(demo_target, BUDGET)
+    speculation["speculative_config"]["model"] = str(checkpoint)
+    with engine(demo_target, **options, **speculation) as llm:
         # Answers end where the target ends them, by a stop token or by their length.
         texts = generate(llm, prompts, max_tokens=TOKENS, ignore_eos=False)
         counters = counters_of(llm)
@@ -50,7 +63,6 @@ def test_acceptance_length_is_the_engines(demo_target: Path, record_property: An
     # Every decode pass has a draft: vLLM counts them all.
     in_engine = decoded / counters.drafts
 
-    config, maps = load_checkpoint(demo_target / "hidden_transfer")
     target = FrozenTarget.load(demo_target, config.transfer_layer)
     examples = [
         Example(str(number), "chat", 0.0, list(prompt), output)
@@ -69,7 +81,7 @@ def test_acceptance_length_is_the_engines(demo_target: Path, record_property: An
         drafter = maps_drafter(target, prefixes, maps, drafts, temperatures, vocabulary, SHARES)
         return measured(walk(outputs, drafter, BUDGET), outputs)
 
-    vocabulary = DraftVocabulary.of(demo_target / "hidden_transfer", config)
+    vocabulary = DraftVocabulary.of(checkpoint, config)
     assert vocabulary is not None
     found, of_all_tokens = judged(vocabulary), judged(None)
     lengths = {"eval": found.length, "engine": in_engine, "all tokens": of_all_tokens.length}

@@ -21,7 +21,7 @@ def vocabulary(
             "Use what looks like what you serve, and not what you judge on.",
         ),
     ],
-    size: Annotated[int, typer.Option(help="Tokens on the list.", min=1)] = 8192,
+    size: Annotated[int, typer.Option(help="Tokens on the list.", min=1)] = 16384,
 ) -> None:
     """Let a checkpoint draft from the tokens that the target uses most: a smaller part of the LM head is read."""
     from vllm_hidden_transfer.evaluation.preparation import JudgingError
