@@ -27,6 +27,7 @@ from tests.support.engines import (
     SMALL,
     Texts,
     acceptance_length,
+    assert_identical,
     counters_of,
     engine,
     planted_options,
@@ -74,6 +75,7 @@ class Pair:
     """The engines of one setting: the reference's answers, all taken, and the engine with trees, running."""
 
     setting: Setting
+    target: Path
     prompts: list[list[int]]
     references: dict[str, Reference]
     answers_file: Path
@@ -108,9 +110,12 @@ class Pair:
         before, hits = counters_of(self.llm), prefix_hits(self.llm)
         answers = ask(self.llm, self.prompts_of(row), reference.sampling, self.lora)
         spent = counters_of(self.llm) - before
-        texts = Texts([answer.prompt for answer in answers], [a.token_ids for a in answers])
-        length = acceptance_length(texts, spent)
+        length = acceptance_length(texts_of(answers), spent)
         return answers, length, spent.accepted_tokens, prefix_hits(self.llm) - hits
+
+
+def texts_of(answers: list[Answer]) -> Texts:
+    return Texts([answer.prompt for answer in answers], [answer.token_ids for answer in answers])
 
 
 def prefix_hits(llm: Any) -> int:
@@ -179,7 +184,7 @@ class Pairs:
         options = {"skip_tokenizer_init": False, **setting.options}
         lora = lora_requests(target, setting.adapters) if setting.adapters else None
         prompts = random_prompts(NUM_PROMPTS, **{"seed": 5, **setting.prompts})
-        pair = Pair(setting, prompts, {}, self._folder / f"{setting.name}.json", lora)
+        pair = Pair(setting, target, prompts, {}, self._folder / f"{setting.name}.json", lora)
         self._stack.enter_context(mock.patch.dict(os.environ, setting.environment))
         with engine(target, **{**options, **UNCUT}) as llm:
             for name in setting.rows:
@@ -208,7 +213,11 @@ def test_identical(setting: Setting, row: Row, pairs: Pairs, record_property: An
     pair.warm_up(row)
     preempted = value_of(pair.llm, "vllm:num_preemptions")
     answers, length, accepted, hits = pair.run(row)
-    assert_same(reference.answers, answers)
+    if setting.judged:
+        sides = (texts_of(each) for each in (reference.answers, answers))
+        assert_identical(*sides, pair.target, **{**setting.options, **UNCUT})
+    else:
+        assert_same(reference.answers, answers)
     if setting.preempts:
         assert value_of(pair.llm, "vllm:num_preemptions") > preempted
     elif reference.answers is not reference.base or row.second_turn:
