@@ -214,8 +214,8 @@ def test_identical(setting: Setting, row: Row, pairs: Pairs, record_property: An
     preempted = value_of(pair.llm, "vllm:num_preemptions")
     answers, length, accepted, hits = pair.run(row)
     if setting.judged:
-        sides = (texts_of(each) for each in (reference.answers, answers))
-        assert_identical(*sides, pair.target, **{**setting.options, **UNCUT})
+        expected, found = texts_of(reference.answers), texts_of(answers)
+        assert_identical(expected, found, pair.target, **{**setting.options, **UNCUT})
     else:
         assert_same(reference.answers, answers)
     if setting.preempts:
