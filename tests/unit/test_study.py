@@ -38,6 +38,7 @@ from vllm_hidden_transfer.checkpoint.fingerprint import fingerprint_target
 from vllm_hidden_transfer.checkpoint.maps import TransferMaps, load_checkpoint, save_checkpoint
 from vllm_hidden_transfer.checkpoint.vocabulary import VOCABULARY_FILE, load_vocabulary
 from vllm_hidden_transfer.cli import app
+from vllm_hidden_transfer.drafting.lookup import SHARES
 from vllm_hidden_transfer.drafting.vocabulary import DraftVocabulary, most_used
 from vllm_hidden_transfer.evaluation.calibration import (
     bin_probabilities,
@@ -694,7 +695,7 @@ def test_tune_judges_on_what_it_was_not_fitted_on(
         assert quality.losses == losses[0] != losses[1]
         lengths = []
         for half in (others, fitted):
-            drafter = maps_drafter(target, cache, maps, half, quality.temperatures)
+            drafter = maps_drafter(target, cache, maps, half, quality.temperatures, shares=SHARES)
             outputs = [item.answer.tokens for item in half]
             lengths.append(measured(walk(outputs, drafter, quality.node_budget), outputs))
         assert quality.length == lengths[0] != lengths[1]
