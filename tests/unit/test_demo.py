@@ -131,6 +131,8 @@ def test_the_answers_are_judged_to_the_end_token(
 def test_per_depth_acceptance_is_a_share_of_the_passes_with_drafts() -> None:
     counters = SpecCounters(8, 128, 10, (6, 4, 0, 0, 0, 0))
     assert per_depth_rates(counters, depths=3) == [0.75, 0.5, 0.0]
+    copied = SpecCounters(8, 128, 14, (6, 4, 2, 1, 1, 0, 0))
+    assert per_depth_rates(copied, depths=3) == [0.75, 0.5, 0.25, 0.125, 0.125]
 
 
 def test_the_plugins_own_line_is_found_in_the_log() -> None:

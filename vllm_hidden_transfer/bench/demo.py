@@ -105,12 +105,14 @@ def tokens_per_second(generations: Sequence[Generation]) -> float:
 
 
 def per_depth_rates(counters: SpecCounters, depths: int) -> list[float]:
-    """Share of the decode passes with drafts whose accepted path reached each depth."""
-    return [accepted / counters.drafts for accepted in counters.accepted_per_depth[:depths]]
+    """Share of the decode passes with drafts whose accepted path reached each depth: those of the maps, and deeper ones
+    that a copy reached."""
+    rates = [accepted / counters.drafts for accepted in counters.accepted_per_depth]
+    return [rate for depth, rate in enumerate(rates) if depth < depths or rate]
 
 
 def read_depths(checkpoint: Path) -> int:
-    """How deep the drafts of this checkpoint go."""
+    """How deep the maps of this checkpoint draft."""
     try:
         text = (checkpoint / "config.json").read_text()
         return TransferConfig.model_validate_json(text).num_transfer_steps
