@@ -2,7 +2,7 @@
 """Fit how far prompt lookup is trusted beside the shipped maps: the table in ``drafting/lookup.py``.
 
     python scripts/make_demo_data.py --count 240 --answer-tokens 128 --output work/lookup_data.jsonl
-    python -m benchmarks.lookup_shares work/lookup_data.jsonl
+    python -m benchmarks.lookup_shares work/lookup_data.jsonl   # takes 20 minutes
 
 The answers are the target's own to training prompts, half of them greedy and half sampled at 0.8; no judged prompt is
 among them.
@@ -48,7 +48,7 @@ def main(
         drafts = [draft(target, prefixes, maps, answer, on_path=False)]
         drafter = BigramDrafter(drafts, tables, temperatures)
         places = [Place(0, known) for known in range(1, len(answer.tokens))]
-        observed += seen([answer], 0, places, drafter.candidates(places))
+        observed += seen(answer, places, drafter.candidates(places))
     matches = Counter(one.match for one in observed if one.depth == 0)
     print(f"{len(answers)} answers, copies by length of the match:", sorted(matches.items()))
     with np.printoptions(precision=2, suppress=True):

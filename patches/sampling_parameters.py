@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_hidden_transfer.names import PROPOSER, STAND_IN
+from vllm_hidden_transfer.asking import is_ours
+from vllm_hidden_transfer.names import STAND_IN
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
 SURFACES_IN_WORKERS = (
@@ -27,7 +28,7 @@ def _install() -> None:
     stock = SamplingParams._validate_spec_decode
 
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        if speculative_config is None or speculative_config.model != PROPOSER:
+        if not is_ours(speculative_config):
             stock(self, speculative_config)
         elif speculative_config.method == STAND_IN:
             refuse_under_v2(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_hidden_transfer.names import PROPOSER
+from vllm_hidden_transfer.asking import is_ours
 from vllm_hidden_transfer.patches.base import Patch, Surface
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
@@ -42,7 +42,7 @@ def mend(scheduler: Any) -> None:
     stock_drafts = scheduler.update_draft_token_ids
 
     def _handle_stopped_request(self: Any, request: Any) -> bool:
-        if request.resumable and _ours(self.vllm_config):
+        if request.resumable and is_ours(self.vllm_config.speculative_config):
             # Without speculation all tokens but the last are computed when an answer ends.
             computed = request.num_tokens - 1 + request.num_output_placeholders
             request.num_computed_tokens = min(request.num_computed_tokens, computed)
@@ -50,7 +50,7 @@ def mend(scheduler: Any) -> None:
 
     def update_draft_token_ids(self: Any, draft_token_ids: Any) -> None:
         stock_drafts(self, draft_token_ids)
-        if not _ours(self.vllm_config):
+        if not is_ours(self.vllm_config.speculative_config):
             return
         for request_id in draft_token_ids.req_ids:
             request = self.requests.get(request_id)
@@ -60,11 +60,6 @@ def mend(scheduler: Any) -> None:
 
     scheduler._handle_stopped_request = _handle_stopped_request
     scheduler.update_draft_token_ids = update_draft_token_ids
-
-
-def _ours(vllm_config: Any) -> bool:
-    speculative = vllm_config.speculative_config
-    return speculative is not None and speculative.model == PROPOSER
 
 
 def _is_seeded(request: Any) -> bool:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who asks for hidden_transfer: engine arguments, a slip in the name or the folder included. Imports no vLLM."""
+"""Who asks for hidden_transfer: engine arguments, a slip in the name or the folder included, and what vLLM made of
+them. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hidden_transfer.checkpoint.config import one_sentence
-from vllm_hidden_transfer.names import METHOD
+from vllm_hidden_transfer.names import METHOD, PROPOSER
 
 NAME_CUTOFF = 0.8
 """How alike (difflib's ratio) a name must be to be taken for a slip of ours."""
@@ -65,6 +66,11 @@ def requested(args: Any) -> dict[str, Any] | None:
     if method is None and isinstance(model, str):
         check_model_name(model)
     return None
+
+
+def is_ours(speculative_config: Any) -> bool:
+    """Whether vLLM's speculative configuration, None where there is none, was made for our method."""
+    return speculative_config is not None and speculative_config.model == PROPOSER
 
 
 def check_model_name(model: str) -> None:

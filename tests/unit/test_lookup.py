@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 from vllm_hidden_transfer.drafting.lookup import (
     DEEPEST_COPY,
     LONGEST_MATCH,
-    NOTHING,
     SHARES,
     Copies,
     look_up,
     mixed_in,
 )
 from vllm_hidden_transfer.evaluation.lookup_shares import Seen, fit_shares
-from vllm_hidden_transfer.tree import CopiedPaths, GivenCandidates, most_probable, path_major
+from vllm_hidden_transfer.tree import (
+    NO_TOKEN,
+    CopiedPaths,
+    GivenCandidates,
+    most_probable,
+    path_major,
+)
 
 
 def newest_longest(context: list[int]) -> tuple[int, list[int]]:
@@ -37,12 +42,12 @@ def test_the_newest_of_the_longest_matches(contexts: list[list[int]]) -> None:
     for row, context in enumerate(contexts):
         length, copied = newest_longest(context)
         assert copies.matches[row] == length
-        assert copies.tokens[row].tolist() == copied + [NOTHING] * (DEEPEST_COPY - len(copied))
+        assert copies.tokens[row].tolist() == copied + [NO_TOKEN] * (DEEPEST_COPY - len(copied))
 
 
 def test_trust_goes_by_match_and_depth_and_ends_with_the_copy() -> None:
     shares = np.arange(LONGEST_MATCH * DEEPEST_COPY).reshape(LONGEST_MATCH, -1) / 64
-    tokens = np.full((3, DEEPEST_COPY), NOTHING)
+    tokens = np.full((3, DEEPEST_COPY), NO_TOKEN)
     tokens[0, :2], tokens[1, :1] = (7, 8), 9
     copied = mixed_in(Copies(tokens, np.array([2, 4, 0])), shares)
     assert copied is not None
@@ -101,9 +106,9 @@ def test_the_best_tree_of_the_mixture(
     scores = np.log(rng.dirichlet(np.ones(width + 1), size=shape[:-1])[..., :width])
     if pairs:
         scores[:, 0] = scores[:, 0, :1]
-    copy = np.full((2, 5), NOTHING)
+    copy = np.full((2, 5), NO_TOKEN)
     copy[:, :length] = rng.integers(0, 7, (2, length))
-    shares = np.where(copy == NOTHING, 0.0, rng.random((2, 5)))
+    shares = np.where(copy == NO_TOKEN, 0.0, rng.random((2, 5)))
     given_candidates = GivenCandidates(torch.from_numpy(tokens), torch.from_numpy(scores))
     copied = CopiedPaths(torch.from_numpy(copy), torch.from_numpy(shares))
     for row, tree in enumerate(

@@ -22,7 +22,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests.support.models import tiny_llama
 from vllm_hidden_transfer.checkpoint.config import (
@@ -547,6 +547,14 @@ def nested(folders: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     return {**folders, "target": target, "maps": maps}
 
 
+def assert_one_sentence(result: Result, words: str) -> None:
+    """The command refused, with these words and no traceback."""
+    assert result.exit_code == 1
+    assert words in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
 def arguments(folders: dict[str, Path], command: str, *more: str) -> list[str]:
     named = ("target", str(folders["target"])), ("checkpoint", str(folders["maps"]))
     options = [part for name, value in named for part in (f"--{name}", value)]
@@ -645,10 +653,7 @@ def test_a_vocabulary_that_cannot_be_written_is_one_sentence(
     save_checkpoint(tmp_path / "chained", chained, random_maps("chained"))
     changed = {**folders, **{name: tmp_path / value for name, value in change.items()}}
     result = runner.invoke(app, arguments(changed, "vocabulary", *more))
-    assert result.exit_code == 1
-    assert words in " ".join(result.output.split())
-    assert "Traceback" not in result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert_one_sentence(result, words)
     assert not (changed["maps"] / VOCABULARY_FILE).exists()
 
 
@@ -762,10 +767,7 @@ def test_bad_input_is_one_sentence(
     given = [part.format(foreign=foreign) for part in more]
     for command in (("eval", "--output", str(tmp_path / "out")), ("tune",)):
         result = runner.invoke(app, arguments(changed, *command, *given))
-        assert result.exit_code == 1
-        assert result.exception is None or isinstance(result.exception, SystemExit)
-        assert words in " ".join(result.output.split())
-        assert "Traceback" not in result.output
+        assert_one_sentence(result, words)
     assert (foreign / "index").read_text() == "kept"
 
 

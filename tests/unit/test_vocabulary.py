@@ -24,11 +24,11 @@ from vllm_hidden_transfer.checkpoint.vocabulary import (
 )
 from vllm_hidden_transfer.drafting.distributions import candidates
 from vllm_hidden_transfer.drafting.vocabulary import (
-    NO_TOKEN,
     OWN_TOKENS,
     DraftVocabulary,
     most_used,
 )
+from vllm_hidden_transfer.tree import NO_TOKEN
 
 CONFIG = make_config()
 """Of a target with 16 tokens."""

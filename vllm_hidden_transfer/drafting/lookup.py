@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_hidden_transfer.tree import CopiedPaths
+from vllm_hidden_transfer.tree import NO_TOKEN, CopiedPaths
 
 LONGEST_MATCH = 4
 """Tokens that are compared at most: a longer match was not trusted more."""
 DEEPEST_COPY = 8
-NOTHING = -1
 SHARES: NDArray[np.float64] = np.array(
     (
         (0.00, 0.25, 0.42, 0.59, 0.76, 0.78, 0.77, 0.85),
@@ -38,7 +37,7 @@ class Copies:
     """The copies that a batch of contexts proposes."""
 
     tokens: NDArray[np.int64]
-    """[b, DEEPEST_COPY]: what would follow; ``NOTHING`` behind its end."""
+    """[b, DEEPEST_COPY]: what would follow; ``NO_TOKEN`` behind its end."""
     matches: NDArray[np.int64]
     """[b]: how many last tokens stood before it there, 0 where nothing was found."""
 
@@ -49,7 +48,7 @@ def look_up(contexts: Sequence[NDArray[np.integer]]) -> Copies:
     Args:
         contexts: each request's tokens so far, the one just sampled included.
     """
-    tokens = np.full((len(contexts), DEEPEST_COPY), NOTHING, dtype=np.int64)
+    tokens = np.full((len(contexts), DEEPEST_COPY), NO_TOKEN, dtype=np.int64)
     matches = np.zeros(len(contexts), dtype=np.int64)
     for row, context in enumerate(contexts):
         end, matches[row] = _newest_match(context)
@@ -80,5 +79,5 @@ def mixed_in(copies: Copies, shares: NDArray[np.float64]) -> CopiedPaths | None:
     if not copies.matches.any():
         return None
     trust = np.concatenate([np.zeros((1, shares.shape[1])), shares])[copies.matches]
-    trust = np.where(copies.tokens == NOTHING, 0.0, trust)
+    trust = np.where(copies.tokens == NO_TOKEN, 0.0, trust)
     return CopiedPaths(torch.from_numpy(copies.tokens), torch.from_numpy(trust))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vllm_hidden_transfer.checkpoint.config import TransferConfig
 from vllm_hidden_transfer.checkpoint.vocabulary import load_vocabulary
+from vllm_hidden_transfer.tree import NO_TOKEN
 
 OWN_TOKENS = 256
 """A request's own tokens at most: they cost a row of the LM head each, which lies scattered. English chats have about
@@ -24,8 +25,6 @@ ten; this is for other languages, whose texts come back to what is recent."""
 _RECENT = 4096
 """The last tokens of a request, in which its own are looked for, anew at every step: 0.1 ms. What was kept from step to
 step would have to follow ended, resumed and edited requests, and a scan of a whole long context takes long."""
-
-NO_TOKEN = -1
 
 
 def most_used(answers: Iterable[Sequence[int]], size: int, vocabulary: int) -> NDArray[np.int32]:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_hidden_transfer.asking import ConfigurationError, requested, shown
+from vllm_hidden_transfer.asking import ConfigurationError, is_ours, requested, shown
 from vllm_hidden_transfer.engine import refusals, target_files
 from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.target_files import Target
-from vllm_hidden_transfer.names import METHOD, PROPOSER, STAND_IN, TEST_DRAFTS_VARIABLE
+from vllm_hidden_transfer.names import METHOD, STAND_IN, TEST_DRAFTS_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -102,7 +102,7 @@ def stand_in_method() -> str:
 
 def fits_its_runner(config: VllmConfig) -> bool:
     """False where our method was translated for V2 and vLLM picked V1."""
-    if not is_ours(config) or config.speculative_config.method != STAND_IN:
+    if not is_ours(config.speculative_config) or config.speculative_config.method != STAND_IN:
         return True
     return bool(config.use_v2_model_runner)
 
@@ -146,14 +146,8 @@ def check_resolved(config: VllmConfig) -> None:
     Raises:
         ConfigurationError: where vLLM made something of the arguments that our method is not served with.
     """
-    if is_ours(config):
+    if is_ours(config.speculative_config):
         refusals.check_resolved(config)
-
-
-def is_ours(config: VllmConfig) -> bool:
-    """Whether a configuration was made for our method."""
-    speculative = config.speculative_config
-    return speculative is not None and speculative.model == PROPOSER
 
 
 def _check_combination(

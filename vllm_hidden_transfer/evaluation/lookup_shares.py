@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_hidden_transfer.drafting.lookup import DEEPEST_COPY, LONGEST_MATCH, NOTHING, look_up
+from vllm_hidden_transfer.drafting.lookup import DEEPEST_COPY, LONGEST_MATCH, look_up
 from vllm_hidden_transfer.evaluation.drafts import FloatArray, JudgedAnswer
 from vllm_hidden_transfer.evaluation.walks import Place
-from vllm_hidden_transfer.tree import Candidates
+from vllm_hidden_transfer.tree import NO_TOKEN, Candidates
 
 ROUNDS = 60
 PSEUDO_SEEN = 8
@@ -33,18 +33,14 @@ class Seen(NamedTuple):
     """Whether the copy has it too."""
 
 
-def seen(
-    answers: Sequence[JudgedAnswer], number: int, places: Sequence[Place], candidates: Candidates
-) -> Iterator[Seen]:
+def seen(answer: JudgedAnswer, places: Sequence[Place], candidates: Candidates) -> Iterator[Seen]:
     """What one answer shows at some of its places.
 
     Args:
-        answers: the judged answers.
-        number: which of them.
-        places: where decode passes of that answer may start.
+        answer: the judged answer.
+        places: where its decode passes may start.
         candidates: what the maps say there.
     """
-    answer = answers[number]
     text = np.array(answer.example.tokens[: answer.first + len(answer.tokens)])
     starts = np.array([answer.first + place.known for place in places])
     copies = look_up([text[:start] for start in starts])
@@ -52,7 +48,7 @@ def seen(
     for row, start in enumerate(starts):
         match = int(copies.matches[row])
         for depth, (token, copy) in enumerate(zip(text[start:], copies.tokens[row], strict=False)):
-            if not match or copy == NOTHING:
+            if not match or copy == NO_TOKEN:
                 break
             yield Seen(match, depth, float(by_maps[row, depth]), bool(token == copy))
             if token != copy:

@@ -7,7 +7,12 @@ from vllm_hidden_transfer.tree.build import (
     most_probable_paths,
     path_major,
 )
-from vllm_hidden_transfer.tree.candidates import Candidates, CopiedPaths, GivenCandidates
+from vllm_hidden_transfer.tree.candidates import (
+    NO_TOKEN,
+    Candidates,
+    CopiedPaths,
+    GivenCandidates,
+)
 from vllm_hidden_transfer.tree.layout import (
     PathLayout,
     Scratch,
@@ -20,6 +25,7 @@ from vllm_hidden_transfer.tree.token_tree import ROOT, TokenTree
 from vllm_hidden_transfer.tree.walk import VerificationWalk
 
 __all__ = [
+    "NO_TOKEN",
     "ROOT",
     "Candidates",
     "CopiedPaths",

@@ -8,6 +8,9 @@ from typing import Protocol
 
 import torch
 
+NO_TOKEN = -1
+"""Where a row of token ids has none."""
+
 
 class Candidates(Protocol):
     """Draft distributions of b requests at some depths, over ``width`` tokens each."""
@@ -60,6 +63,6 @@ class CopiedPaths:
     """
 
     tokens: torch.Tensor
-    """int64 [b, depths]: the path from the root; -1 behind its end."""
+    """int64 [b, depths]: the path from the root; ``NO_TOKEN`` behind its end."""
     shares: torch.Tensor
     """float64 of the same shape, 0 to 1: probability that it is right here if it was so far; 0 behind its end."""
