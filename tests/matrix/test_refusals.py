@@ -55,8 +55,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     "recurrent layers": lambda: transformers.MambaConfig(
         architectures=["MambaForCausalLM"], vocab_size=128, hidden_size=64, num_hidden_layers=2
     ),
-    "multi-dimensional positions": lambda: transformers.Qwen2VLConfig(
-        architectures=["Qwen2VLForConditionalGeneration"]
+    # vLLM's classes of models with images need torchvision, which is not installed here.
+    "multi-dimensional positions": lambda: transformers.LlamaConfig(
+        **SMALL_MODEL,
+        architectures=["LlamaForCausalLM"],
+        vocab_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "mrope_section": [8, 4, 4], "rope_theta": 1e4},
     ),
     "encoder-decoder": lambda: transformers.WhisperConfig(
         architectures=["WhisperForConditionalGeneration"]
