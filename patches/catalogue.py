@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from vllm_hidden_transfer.patches import (
+    attention_backend,
     cli_options,
-    cpu_attention_backend,
     cpu_model_runner,
     engine_args,
     log_lines,
@@ -27,18 +27,36 @@ AT_START: tuple[Patch, ...] = (
 
 IN_WORKERS: tuple[Patch, ...] = (
     cpu_model_runner.PATCH,
-    cpu_attention_backend.PATCH,
+    attention_backend.PATCH,
     seeded_chunks.PATCH,
     thinking_budgets.PATCH,
 )
-"""Applied in workers of an engine that uses our method."""
+"""Applied in workers of an engine that uses our method on a CPU."""
+
+IN_GPU_WORKERS: tuple[Patch, ...] = (attention_backend.PATCH,)
+"""The same on a GPU."""
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
 _CPU_ATTENTION = "vllm.v1.attention.backends.cpu_attn"
 
-SUBCLASSED: tuple[Surface, ...] = (
+EVERYWHERE: tuple[Surface, ...] = (
     *sampling_parameters.SURFACES_IN_WORKERS,
     *streaming_sessions.SURFACES_IN_ENGINES,
+    Surface(
+        "vllm.model_executor.model_loader.weight_utils",
+        "download_weights_from_hf",
+        ("model_name_or_path", "cache_dir", "allow_patterns", "revision", "ignore_patterns"),
+    ),
+    Surface(
+        "vllm.model_executor.model_loader.weight_utils",
+        "maybe_download_from_modelscope",
+        ("model", "revision"),
+    ),
+)
+"""What every engine of ours builds on."""
+
+SUBCLASSED: tuple[Surface, ...] = (
+    *EVERYWHERE,
     Surface(
         _RUNNER, "GPUModelRunner._prepare_inputs", ("scheduler_output", "num_scheduled_tokens")
     ),
@@ -81,16 +99,6 @@ SUBCLASSED: tuple[Surface, ...] = (
         "cpu_attn_reshape_and_cache",
         ("key", "value", "slot_mapping", "isa", "k_scale", "v_scale", "kv_cache_dtype"),
     ),
-    Surface(
-        "vllm.model_executor.model_loader.weight_utils",
-        "download_weights_from_hf",
-        ("model_name_or_path", "cache_dir", "allow_patterns", "revision", "ignore_patterns"),
-    ),
-    Surface(
-        "vllm.model_executor.model_loader.weight_utils",
-        "maybe_download_from_modelscope",
-        ("model", "revision"),
-    ),
     Surface("vllm.v1.sample.sampler", "Sampler.forward", ("logits", "sampling_metadata")),
     Surface("vllm.v1.sample.logits_processor", "MinTokensLogitsProcessor"),
 )
@@ -99,8 +107,9 @@ SUBCLASSED: tuple[Surface, ...] = (
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
 _REJECTION_V2 = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
 
+CPU_RUNNER_V2 = Surface("vllm.v1.worker.cpu.model_runner", "CPUModelRunner")
+
 SUBCLASSED_V2: tuple[Surface, ...] = (
-    Surface("vllm.v1.worker.cpu.model_runner", "CPUModelRunner"),
     Surface(_RUNNER_V2, "GPUModelRunner.add_requests", ("scheduler_output",)),
     Surface(_RUNNER_V2, "GPUModelRunner.prepare_attn", ("input_batch",)),
     Surface(
@@ -170,6 +179,44 @@ SUBCLASSED_V2: tuple[Surface, ...] = (
 )
 """What the V2 adapter builds on beyond that; checked for engines that run it, because it is heavy to import."""
 
+_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+_FORWARD = ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output")
+_BUILD = ("common_prefix_len", "common_attn_metadata", "fast_build")
+
+SUBCLASSED_GPU: tuple[Surface, ...] = (
+    Surface("vllm.v1.worker.gpu_worker", "Worker._make_model_runner"),
+    Surface("vllm.v1.worker.gpu_worker", "Worker.load_model"),
+    Surface("vllm.v1.attention.backends.triton_attn", "TritonAttentionImpl.forward", _FORWARD),
+    Surface(
+        "vllm.v1.attention.backends.triton_attn", "TritonAttentionMetadataBuilder.build", _BUILD
+    ),
+    Surface("vllm.v1.attention.backends.flash_attn", "FlashAttentionImpl.forward", _FORWARD),
+    Surface("vllm.v1.attention.backends.flash_attn", "FlashAttentionMetadataBuilder.build", _BUILD),
+    Surface(
+        "vllm.v1.attention.backend",
+        "AttentionMetadataBuilder.build_for_cudagraph_capture",
+        ("common_attn_metadata",),
+    ),
+    Surface(
+        "vllm.v1.attention.backends.utils",
+        "split_decodes_and_prefills",
+        ("common_attn_metadata", "decode_threshold"),
+    ),
+    Surface(
+        "vllm.v1.worker.ubatch_utils",
+        "split_attn_metadata",
+        ("ubatch_slices", "common_attn_metadata"),
+    ),
+    Surface(_GRAPHS, "CudaGraphManager.capture", ("create_forward_fn", "progress_bar_desc")),
+    Surface(
+        _GRAPHS,
+        "CudaGraphManager.dispatch",
+        ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
+    ),
+    Surface(_GRAPHS, "CudaGraphManager.run_fullgraph", ("desc",)),
+)
+"""What the GPU adapter builds on beyond the V2 adapter."""
+
 
 def install() -> None:
     """Check every patch of AT_START before the first of them is applied."""
@@ -179,16 +226,24 @@ def install() -> None:
         patch.apply()
 
 
-def check_engine(*, v2: bool = False) -> None:
+def check_engine(*, v2: bool = False, gpu: bool = False) -> None:
     """Check what an engine with our method needs beyond that. Imports vLLM's runner.
 
     Args:
         v2: whether it runs vLLM's V2 model runner.
+        gpu: whether it runs on a GPU, always under V2.
 
     Raises:
         MissingSurfaceError: naming what is missing.
     """
-    for patch in IN_WORKERS:
+    surfaces: tuple[Surface, ...]
+    if gpu:
+        patches, surfaces = IN_GPU_WORKERS, (*EVERYWHERE, *SUBCLASSED_V2, *SUBCLASSED_GPU)
+    else:
+        patches, surfaces = IN_WORKERS, SUBCLASSED
+        if v2:
+            surfaces += (*SUBCLASSED_V2, CPU_RUNNER_V2)
+    for patch in patches:
         patch.check()
-    for surface in (*SUBCLASSED, *(SUBCLASSED_V2 if v2 else ())):
+    for surface in surfaces:
         surface.check()

@@ -48,7 +48,7 @@ PATCHES = (*catalogue.AT_START, *catalogue.IN_WORKERS)
 SURFACES = {
     f"{one.module}.{one.name}": one.parameters
     for surfaces in (*(patch.surfaces for patch in PATCHES), catalogue.SUBCLASSED)
-    for one in (*surfaces, *catalogue.SUBCLASSED_V2)
+    for one in (*surfaces, *catalogue.SUBCLASSED_V2, *catalogue.SUBCLASSED_GPU)
 }
 """What patches and overrides build on, with the parameters that each has to take."""
 ROOMS = re.compile(

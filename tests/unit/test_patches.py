@@ -59,20 +59,23 @@ def test_nothing_is_applied_when_one_seam_is_missing(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("missing", "v2"),
+    ("missing", "v2", "gpu"),
     [
-        *((surface, False) for surface in catalogue.SUBCLASSED),
-        *((surface, True) for surface in catalogue.SUBCLASSED_V2),
+        *((surface, False, False) for surface in catalogue.SUBCLASSED),
+        *((surface, True, False) for surface in catalogue.SUBCLASSED_V2),
+        (catalogue.CPU_RUNNER_V2, True, False),
+        *((surface, True, True) for surface in catalogue.EVERYWHERE),
+        *((surface, True, True) for surface in catalogue.SUBCLASSED_GPU),
     ],
     ids=lambda value: value.name if isinstance(value, Surface) else "",
 )
 def test_every_subclassed_seam_is_checked(
-    missing: Surface, v2: bool, monkeypatch: pytest.MonkeyPatch
+    missing: Surface, v2: bool, gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Take one seam away from vLLM at a time: the engine's check must name it."""
     import importlib
 
-    catalogue.check_engine(v2=v2)
+    catalogue.check_engine(v2=v2, gpu=gpu)
     owner: object = importlib.import_module(missing.module)
     *path, last = missing.name.split(".")
     for part in path:
@@ -82,7 +85,7 @@ def test_every_subclassed_seam_is_checked(
         if last in vars(base_class):
             monkeypatch.delattr(base_class, last)
     with pytest.raises(MissingSurfaceError, match=last):
-        catalogue.check_engine(v2=v2)
+        catalogue.check_engine(v2=v2, gpu=gpu)
 
 
 def test_patches_are_applied_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_hidden_transfer.asking import ConfigurationError, is_ours, requested, shown
-from vllm_hidden_transfer.engine import refusals, target_files
+from vllm_hidden_transfer.engine import devices, refusals, target_files
 from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.target_files import Target
 from vllm_hidden_transfer.names import METHOD, STAND_IN, TEST_DRAFTS_VARIABLE
@@ -40,7 +40,7 @@ class Plan:
 
     settings: Settings
     budget: int
-    worker_cls: str = refusals.WORKER
+    worker_cls: str
 
 
 def plan(
@@ -60,7 +60,7 @@ def plan(
     budget = options.get("num_speculative_tokens")
     if source is not None:
         settings = Settings(checkpoint=None, draft_source=source)
-        return Plan(settings, _checked_budget(budget))
+        return Plan(settings, _checked_budget(budget), devices.worker_cls())
     _check_structure(model_config)
     target = Target(
         model_config.model,
@@ -80,7 +80,9 @@ def plan(
             "(the output stays exact)."
         )
     settings = Settings(checkpoint=str(folder), mismatch=mismatch)
-    return Plan(settings, _checked_budget(config.tree.node_budget if budget is None else budget))
+    if budget is None:
+        budget = devices.default_budget(config.tree.node_budget)
+    return Plan(settings, _checked_budget(budget), devices.worker_cls())
 
 
 _only_v1: ContextVar[bool] = ContextVar("only_v1", default=False)
@@ -121,13 +123,15 @@ def for_v1() -> Iterator[None]:
 def preferences(args: EngineArgs) -> Iterator[None]:
     """While a configuration of our method is made: what it prefers where the user set nothing.
 
-    On a CPU blocks of 32. Under the V1 runner no async scheduling, which vLLM would turn off with a warning.
+    On a CPU blocks of 32. On a GPU an attention backend that has trees, where vLLM's choice would have none. Under the
+    V1 runner no async scheduling, which vLLM would turn off with a warning.
     """
-    from vllm.platforms import current_platform
-
     preferred: dict[str, Any] = {}
-    if current_platform.is_cpu():
+    if devices.kind() == "CPU":
         preferred["block_size"] = CPU_BLOCK_SIZE
+    backend = devices.preferred_attention_backend()
+    if backend is not None and args.attention_config.backend is None:
+        preferred["attention_backend"] = backend
     if stand_in_method() != STAND_IN:
         preferred["async_scheduling"] = False
     unset = [name for name in preferred if getattr(args, name) is None]
@@ -158,8 +162,9 @@ def _check_combination(
 
     v2 = stand_in_method() == STAND_IN
     refusals.check_arguments(args, model_config, parallel_config, v2=v2)
+    devices.warn_of_gpu()
     try:
-        catalogue.check_engine(v2=v2)
+        catalogue.check_engine(v2=v2, gpu=devices.kind() == "GPU")
     except MissingSurfaceError as error:
         raise ConfigurationError(str(error)) from error
 

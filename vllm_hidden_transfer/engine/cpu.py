@@ -24,7 +24,7 @@ from vllm_hidden_transfer.engine.attention.kv_store import (
 )
 from vllm_hidden_transfer.engine.v1.runner import TreeRunner
 from vllm_hidden_transfer.engine.v1.transfer_source import TransferSource
-from vllm_hidden_transfer.patches import cpu_attention_backend, cpu_model_runner, seeded_chunks
+from vllm_hidden_transfer.patches import attention_backend, cpu_model_runner, seeded_chunks
 
 
 class TreeCPUModelRunner(CPUPaths, TreeRunner, CPUModelRunner):
@@ -93,7 +93,6 @@ class HiddenTransferCPUWorker(CPUWorker):
         return block * blocks_beside_scratch((available - rows) // block, seqs, budget)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        with cpu_attention_backend.replaced_by(
-            f"{TreeAttentionBackend.__module__}.{TreeAttentionBackend.__name__}"
-        ):
+        path = f"{TreeAttentionBackend.__module__}.{TreeAttentionBackend.__name__}"
+        with attention_backend.replaced_by({"CPU_ATTN": path}):
             super().load_model(*args, **kwargs)

@@ -13,15 +13,21 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from vllm_hidden_transfer.asking import ConfigurationError
+from vllm_hidden_transfer.engine import devices
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-WORKER = "vllm_hidden_transfer.engine.cpu.HiddenTransferCPUWorker"
-
 SENTENCES: Mapping[str, str] = {
-    "another device": "this device: it verifies trees on CPUs only so far, so serve on a CPU or without it",
+    "another device": "this device: it verifies trees on CPUs, so serve on a CPU or without it",
+    "a GPU": "GPUs yet, where it never ran: serve on a CPU or without it, or set "
+    f"{devices.OVERRIDE_VARIABLE}=1 to try it and compare the texts",
+    "V1 on a GPU": "the V1 model runner on a GPU: leave VLLM_USE_V2_MODEL_RUNNER unset, and leave out what makes vLLM "
+    "choose V1",
+    "quantised KV caches on a GPU": "--kv-cache-dtype on a GPU: leave it at auto",
+    "another attention backend": "this --attention-backend on a GPU: give FLASH_ATTN or TRITON_ATTN, or leave it out",
+    "batch invariance": "VLLM_BATCH_INVARIANT=1 on a GPU but with --attention-backend TRITON_ATTN",
     "V2 without Triton": "VLLM_USE_V2_MODEL_RUNNER=1 without Triton, which vLLM's V2 runner needs: unset it",
     "async scheduling": "--async-scheduling under the V1 model runner, which runs here: leave it out",
     "LoRA under V2": "--enable-lora under the V2 model runner: set VLLM_USE_V2_MODEL_RUNNER=0",
@@ -72,18 +78,21 @@ def check_resolved(config: VllmConfig) -> None:
         ConfigurationError: naming the option.
     """
     applies = (
-        of_config(config) | of_parallel(config.parallel_config) | of_model(config.model_config)
+        of_config(config)
+        | devices.of_config(config)
+        | of_parallel(config.parallel_config)
+        | of_model(config.model_config)
     )
     _refuse(applies, str(config.model_config.architecture))
 
 
 def of_machine() -> dict[str, bool]:
     from vllm import envs
-    from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
     return {
-        "another device": not current_platform.is_cpu(),
+        "another device": devices.kind() == "other",
+        "a GPU": devices.kind() == "GPU" and not devices.gpu_allowed(),
         "V2 without Triton": bool(envs.VLLM_USE_V2_MODEL_RUNNER) and not HAS_TRITON,
     }
 
@@ -132,7 +141,7 @@ def of_config(config: VllmConfig) -> dict[str, bool]:
         "LoRA under V2": config.lora_config is not None and bool(config.use_v2_model_runner),
         "watermarks": config.watermark_config is not None,
         "KV connectors": config.kv_transfer_config is not None,
-        "another worker class": config.parallel_config.worker_cls != WORKER,
+        "another worker class": config.parallel_config.worker_cls != devices.worker_cls(),
         "custom logits processors": bool(config.model_config.logits_processors),
     }
 

@@ -17,9 +17,9 @@ from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
 from vllm_hidden_transfer.engine.attention.cpu_paths import CPUPaths
 from vllm_hidden_transfer.engine.attention.kv_store import num_scratch_blocks, with_scratch_blocks
-from vllm_hidden_transfer.engine.v2.drafting import SlotBatch
 from vllm_hidden_transfer.engine.v2.runner import TreeRunnerV2
-from vllm_hidden_transfer.tree import TokenTree, draft_blocks
+from vllm_hidden_transfer.engine.v2.slot_batch import SlotBatch
+from vllm_hidden_transfer.tree import TensorWalk, TokenTree, draft_blocks
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -69,7 +69,12 @@ class TreeCPUModelRunnerV2(CPUPaths, TreeRunnerV2, CPUModelRunner):
                 self.slots.alive[slot, len(tree) :] = False
         self.set_trees(fitted, roots)
 
-    def move_rows(self, rows: torch.Tensor, slots: torch.Tensor, moved: torch.Tensor) -> None:
+    def compact_accepted(self, roots: torch.Tensor, walk: TensorWalk) -> None:
+        depths = torch.arange(1, self.slots.num_nodes + 1)
+        path = walk.rows[:, 1:]
+        moved = (depths <= walk.num_accepted[:, None]) & (path != depths)
+        places = (roots[:, None] + depths).clamp(max=len(self.step_slots) - 1)
+        rows, slots = roots[:, None] + path, self.step_slots[places]
         self.compact(rows[moved].numpy(), slots[moved].numpy())
 
     def draft_attention(

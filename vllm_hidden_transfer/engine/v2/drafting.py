@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
+from vllm_hidden_transfer.engine.v2.draft_graphs import DraftGraphs
+from vllm_hidden_transfer.engine.v2.slot_batch import SlotBatch
 from vllm_hidden_transfer.tree import TokenTree, TreeTensors
 
 if TYPE_CHECKING:
@@ -19,30 +21,13 @@ if TYPE_CHECKING:
     from vllm_hidden_transfer.engine.v2.runner import TreeRunnerV2
 
 
-@dataclass(frozen=True)
-class SlotBatch:
-    """The requests of a step, right after it was verified; some are in the middle of their prompts. b requests."""
-
-    slots: torch.Tensor
-    """int64 [b]: request slots."""
-    sampled: torch.Tensor
-    """int64 [b]: the token just sampled, the root of the tree to come; anything within a prompt."""
-    roots: torch.Tensor
-    """int64 [b]: its position."""
-    num_sampled: torch.Tensor
-    """int32 [b]: tokens that the step gave; 0 within a prompt."""
-    hidden: torch.Tensor | None
-    """[b, hidden_size]: the hidden state that entered the transfer layer at the token before the root."""
-    request_ids: list[str]
-    budget: int
-    """Nodes of every tree, dead ones included."""
-
-
 class DeviceDraftSource(Protocol):
     """Proposes one token tree for each request of a batch, without waiting for the device."""
 
     transfer_layer: int | None
     """The layer whose incoming hidden state the source needs, None where it needs none."""
+    draft_rows: int
+    """Rows of a request in the source's pass through the target's layers, 0 where it runs none."""
 
     def on_target_loaded(self, model: Any) -> None:
         """Called once, when vLLM has loaded the target (its ``...ForCausalLM``)."""
@@ -63,6 +48,7 @@ class HostDrafts:
     def __init__(self, source: DraftSource, runner: TreeRunnerV2) -> None:
         assert source.transfer_layer is None
         self.transfer_layer: int | None = None
+        self.draft_rows = 0
         self._source = source
         self._runner = runner
         self.describe = source.describe
@@ -95,12 +81,23 @@ class TreeSpeculator(BaseSpeculator):
 
     def __init__(self, runner: TreeRunnerV2) -> None:
         self._runner = runner
+        self.graphs: DraftGraphs | None = None
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Nothing is captured: a draft pass runs eagerly."""
+        """Once a KV cache; between two of them vLLM takes the graphs away again."""
+        runner = self._runner
+        rows = runner.draft_source.draft_rows
+        if rows and cudagraph_mode.decode_mode() == CUDAGraphMode.FULL:
+            self.graphs = DraftGraphs(
+                runner.vllm_config,
+                runner.device,
+                rows,
+                runner.num_speculative_steps,
+            )
 
     def capture(self) -> None:
-        """Nothing to capture."""
+        if self.graphs is not None:
+            self.graphs.capture_drafts(self._runner.draft_source.propose_tensors)
 
     @torch.inference_mode()
     def propose(
@@ -126,16 +123,22 @@ class TreeSpeculator(BaseSpeculator):
         hidden = None
         if aux_hidden_states is not None:
             hidden = aux_hidden_states[0][runner.last_rows]
-        trees = runner.draft_source.propose_tensors(
-            SlotBatch(
-                slots=slots,
-                sampled=last_sampled[slots, 0],
-                roots=states.num_computed_tokens.gpu[slots].long(),
-                num_sampled=num_sampled,
-                hidden=hidden,
-                request_ids=input_batch.req_ids,
-                budget=budget,
-            )
+        batch = SlotBatch(
+            slots=slots,
+            sampled=last_sampled[slots, 0],
+            roots=states.num_computed_tokens.gpu[slots].long(),
+            num_sampled=num_sampled,
+            hidden=hidden,
+            request_ids=input_batch.req_ids,
+            budget=budget,
         )
+        trees = self._drafted(batch)
         runner.slots.put(slots, trees)
         return trees.tokens
+
+    def _drafted(self, batch: SlotBatch) -> TreeTensors:
+        graph = None if self.graphs is None else self.graphs.fitting(batch)
+        if graph is None:
+            return self._runner.draft_source.propose_tensors(batch)
+        assert self.graphs is not None
+        return self.graphs.replayed(graph, batch)

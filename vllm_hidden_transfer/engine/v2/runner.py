@@ -17,9 +17,9 @@ from vllm_hidden_transfer.engine.structure import check_model
 from vllm_hidden_transfer.engine.v2.drafting import (
     DeviceDraftSource,
     HostDrafts,
-    SlotBatch,
     TreeSpeculator,
 )
+from vllm_hidden_transfer.engine.v2.slot_batch import SlotBatch
 from vllm_hidden_transfer.engine.v2.slots import TreeSlots
 from vllm_hidden_transfer.engine.v2.transfer_source import TransferSourceV2
 from vllm_hidden_transfer.engine.v2.verify import TreeVerifier
@@ -48,7 +48,7 @@ class TreeRunnerV2(GPUModelRunner):
         self.use_aux_hidden_state_outputs = self.draft_source.transfer_layer is not None
         self.last_rows = torch.zeros(0, dtype=torch.int64, device=device)
         """int64 [b]: the row of each request's last accepted token in the step's rows."""
-        self._step_slots = self.last_rows
+        self.step_slots = self.last_rows
         """int64 [rows]: where the step's rows lie in the paged cache."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -81,13 +81,13 @@ class TreeRunnerV2(GPUModelRunner):
         """Hand the trees of a batch, cut to the rows that were scheduled, to the attention metadata builder."""
         raise NotImplementedError
 
-    def move_rows(self, rows: torch.Tensor, slots: torch.Tensor, moved: torch.Tensor) -> None:
-        """Move keys and values of the last pass into slots of the paged cache, in all layers.
+    def compact_accepted(self, roots: torch.Tensor, walk: TensorWalk) -> None:
+        """Move keys and values of accepted paths to where decoding one by one would have written them, in all layers:
+        a path's token at depth d belongs where the d-th row behind the root's was written (``step_slots``).
 
         Args:
-            rows: int64 [b, K], rows of the pass.
-            slots: int64 [b, K], where they belong.
-            moved: bool [b, K], which of them are to be moved.
+            roots: int64 [b], the rows of the requests' roots in the last pass.
+            walk: where their walks led.
         """
         raise NotImplementedError
 
@@ -120,7 +120,7 @@ class TreeRunnerV2(GPUModelRunner):
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         # Slots come from linear positions, so stock goes first.
         block_tables, slot_mappings = super().prepare_attn(input_batch)
-        self._step_slots = slot_mappings[0]
+        self.step_slots = slot_mappings[0]
         self.set_batch_trees(input_batch)
         if input_batch.num_draft_tokens:
             input_batch.positions.index_add_(
@@ -141,15 +141,7 @@ class TreeRunnerV2(GPUModelRunner):
             self.last_rows = input_batch.logits_indices
         else:
             roots = input_batch.logits_indices[input_batch.cu_num_logits[:-1].long()]
-            self._compact_accepted(roots[:, None], walk)
+            self.compact_accepted(roots, walk)
             last = walk.rows.gather(1, walk.num_accepted[:, None])
             self.last_rows = roots + last[:, 0]
         return sampled
-
-    def _compact_accepted(self, roots: torch.Tensor, walk: TensorWalk) -> None:
-        """A path's token at depth d belongs where the d-th row behind the root's (int64 [b, 1]) was written."""
-        depths = torch.arange(1, self.slots.num_nodes + 1, device=roots.device)
-        path = walk.rows[:, 1:]
-        moved = (depths <= walk.num_accepted[:, None]) & (path != depths)
-        places = (roots + depths).clamp(max=len(self._step_slots) - 1)
-        self.move_rows(roots + path, self._step_slots[places], moved)

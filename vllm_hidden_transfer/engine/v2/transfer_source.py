@@ -9,7 +9,7 @@ import torch
 
 from vllm_hidden_transfer.drafting.distributions import candidates
 from vllm_hidden_transfer.engine.draft_pass import DraftPass
-from vllm_hidden_transfer.engine.v2.drafting import SlotBatch
+from vllm_hidden_transfer.engine.v2.slot_batch import SlotBatch
 from vllm_hidden_transfer.tree import TreeTensors, most_probable
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class TransferSourceV2:
         self._pass = DraftPass(checkpoint, runner.vllm_config, runner.device)
         config = self._pass.config
         self.transfer_layer: int | None = config.transfer_layer
+        self.draft_rows = self._pass.steps
         self._temperatures = torch.tensor(
             config.calibration.temperatures, dtype=torch.float32, device=runner.device
         )
