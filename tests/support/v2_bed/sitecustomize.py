@@ -28,11 +28,13 @@ def install() -> None:
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
     _add_cpu_backend()
     _cast_masks_to_bool()
+    _widen_products()
     _give_libdevice_bodies()
     _use_torch_top_k_top_p()
     _patch_language_once()
     _leave_out_idle_work()
     _change_the_platform()
+    _claim_a_generation()
 
 
 def _add_cpu_backend() -> None:
@@ -102,6 +104,23 @@ def _cast_masks_to_bool() -> None:
     Builder.create_atomic_rmw = lambda self, op, p, v, mask, *a, **k: atomic(
         self, op, p, v, as_bool(mask), *a, **k
     )
+
+
+def _widen_products() -> None:
+    """The interpreter keeps bfloat16 as the integers of its bits, and ``tl.dot`` multiplies those: it answers nonsense
+    without a word. Here operands become fp32, as the sum is."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+    from triton.runtime.interpreter import TensorHandle
+
+    def wide(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    dot = Builder.create_dot
+    Builder.create_dot = lambda self, a, b, *more: dot(self, wide(a), wide(b), *more)
 
 
 def _give_libdevice_bodies() -> None:
@@ -211,6 +230,18 @@ def _change_the_platform() -> None:
         platform.check_and_update_config = classmethod(check_and_update_config)
 
     _after_import("vllm.platforms.cpu", act)
+
+
+def _claim_a_generation() -> None:
+    """vLLM's Triton attention asks torch for the GPU's generation to choose what it launches, and would end there."""
+
+    def act(module: Any) -> None:
+        module.get_device_capability = lambda *_: (9, 0)
+
+    if "torch.cuda" in sys.modules:
+        act(sys.modules["torch.cuda"])
+    else:
+        _after_import("torch.cuda", act)
 
 
 if os.environ.get(VARIABLE) == "1":
