@@ -6,7 +6,7 @@ The functions named ``compare_...`` run in a process of their own (``under_v2``)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +57,83 @@ def test_planted_trees(
     assert cool.different == []
     assert min(greedy.acceptance_length, cool.acceptance_length) >= 1.8
     record_property("acceptance_length", round(greedy.acceptance_length, 2))
+
+
+@dataclass
+class Replayed:
+    """What an engine answered whose decode steps were replays."""
+
+    found: Found
+    host_reads: list[str]
+    launches: list[int]
+    """Of Triton kernels in each captured step."""
+    replays: dict[str, int]
+
+
+def compare_replayed(target: Path, answers: Path, checkpoint: Path | None, stale: bool) -> Replayed:
+    """Uniform decode steps, and draft passes if there is a checkpoint, as (fake) captured graphs.
+
+    stale: plant the error that this is for, ancestor words in tensors that are new every step.
+    """
+    import torch
+
+    from tests.support import device_bed
+    from tests.support.fake_graph import capture_everything
+    from vllm_hidden_transfer.engine.attention.tree_backend import TreeRows
+
+    options = {"async_scheduling": False, **CHUNKED, "max_num_seqs": 2}
+    prompts = random_prompts(3, vocabulary=VOCABULARY, longest=60)
+    with engine(target, **options) as llm:
+        reference = generate(llm, prompts, max_tokens=20)
+    reference.plant(answers, VOCABULARY)
+    device_bed.use()
+    way = planted_options(7)
+    if checkpoint is not None:
+        way = {"speculative_config": {"method": "hidden_transfer", "model": str(checkpoint)}}
+    with engine(target, **options, **way) as llm:
+        runner = device_bed.runner_of(llm)
+        graphs = capture_everything(runner)
+        if stale:
+            stock = runner.set_batch_trees
+
+            def elsewhere(batch: Any) -> None:
+                rows = runner._tree_rows
+                runner._tree_rows = TreeRows(
+                    torch.zeros_like(rows.words), torch.zeros_like(rows.depths)
+                )
+                stock(batch)
+
+            runner.set_batch_trees = elsewhere  # type: ignore[method-assign]
+        found = Found.between(llm, reference, lambda: generate(llm, prompts, max_tokens=20))
+    every = [graph for kind in graphs.values() for graph in kind]
+    return Replayed(
+        found,
+        [read for graph in every for read in graph.host_reads],
+        [graph.launches for graph in graphs["steps"]],
+        {name: sum(graph.replays for graph in kind) for name, kind in graphs.items()},
+    )
+
+
+def test_planted_trees_in_graphs(tiny_target: Path, tmp_path: Path) -> None:
+    one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", None, False)
+    one.found.judge(tiny_target, "float32")
+    assert one.found.acceptance_length >= 1.8
+    assert one.host_reads == []
+    assert one.replays["steps"] > 5
+    assert min(one.launches) > 0
+
+
+def test_graphs_that_read_another_step_are_seen(tiny_target: Path, tmp_path: Path) -> None:
+    """The check above can fail: a graph that reads words where no step writes them gives other texts."""
+    one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", None, True)
+    assert one.replays["steps"] > 5
+    assert one.found.different != []
+
+
+def test_transfer_drafts_in_graphs(tiny_target: Path, tmp_path: Path) -> None:
+    """Draft passes, too: what they draft is asked of ``test_drafts_are_those_of_v1``."""
+    checkpoint = random_checkpoint(tmp_path / "maps", tiny_target, layer=1, bigram_rank=8, budget=7)
+    one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", checkpoint, False)
+    one.found.judge(tiny_target, "float32")
+    assert one.host_reads == []
+    assert min(one.replays.values()) > 5
