@@ -14,7 +14,6 @@ import pytest
 
 from tests.engine.v2 import VOCABULARY
 from tests.engine.v2.test_identity import BOTH_SCHEDULERS, CHUNKED, Found, sampled
-from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import Texts, engine, generate, planted_options, random_prompts
 from tests.support.under_v2 import under_v2
 
@@ -67,7 +66,7 @@ class Replayed:
     host_reads: list[str]
     launches: list[int]
     """Of Triton kernels in each captured step."""
-    replays: dict[str, int]
+    replays: int
 
 
 def compare_replayed(target: Path, answers: Path, checkpoint: Path | None, stale: bool) -> Replayed:
@@ -87,12 +86,9 @@ def compare_replayed(target: Path, answers: Path, checkpoint: Path | None, stale
         reference = generate(llm, prompts, max_tokens=20)
     reference.plant(answers, VOCABULARY)
     device_bed.use()
-    way = planted_options(7)
-    if checkpoint is not None:
-        way = {"speculative_config": {"method": "hidden_transfer", "model": str(checkpoint)}}
-    with engine(target, **options, **way) as llm:
+    with engine(target, **options, **planted_options(7)) as llm:
         runner = device_bed.runner_of(llm)
-        graphs = capture_everything(runner)
+        graphs = capture_everything(runner)["steps"]
         if stale:
             stock = runner.set_batch_trees
 
@@ -105,35 +101,25 @@ def compare_replayed(target: Path, answers: Path, checkpoint: Path | None, stale
 
             runner.set_batch_trees = elsewhere  # type: ignore[method-assign]
         found = Found.between(llm, reference, lambda: generate(llm, prompts, max_tokens=20))
-    every = [graph for kind in graphs.values() for graph in kind]
     return Replayed(
         found,
-        [read for graph in every for read in graph.host_reads],
-        [graph.launches for graph in graphs["steps"]],
-        {name: sum(graph.replays for graph in kind) for name, kind in graphs.items()},
+        [read for graph in graphs for read in graph.host_reads],
+        [graph.launches for graph in graphs],
+        sum(graph.replays for graph in graphs),
     )
 
 
 def test_planted_trees_in_graphs(tiny_target: Path, tmp_path: Path) -> None:
-    one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", None, False)
+    one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", False)
     one.found.judge(tiny_target, "float32")
     assert one.found.acceptance_length >= 1.8
     assert one.host_reads == []
-    assert one.replays["steps"] > 5
+    assert one.replays > 5
     assert min(one.launches) > 0
 
 
 def test_graphs_that_read_another_step_are_seen(tiny_target: Path, tmp_path: Path) -> None:
     """The check above can fail: a graph that reads words where no step writes them gives other texts."""
-    one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", None, True)
-    assert one.replays["steps"] > 5
+    one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", True)
+    assert one.replays > 5
     assert one.found.different != []
-
-
-def test_transfer_drafts_in_graphs(tiny_target: Path, tmp_path: Path) -> None:
-    """Draft passes, too: what they draft is asked of ``test_drafts_are_those_of_v1``."""
-    checkpoint = random_checkpoint(tmp_path / "maps", tiny_target, layer=1, bigram_rank=8, budget=7)
-    one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", checkpoint, False)
-    one.found.judge(tiny_target, "float32")
-    assert one.host_reads == []
-    assert min(one.replays.values()) > 5

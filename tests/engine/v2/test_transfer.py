@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ class Drafts:
     accepted: int = 0
     syncs: list[str] = field(default_factory=list)
     calls: int = 0
+    replays: int = 0
+    """Of captured draft passes."""
+    host_reads: list[str] = field(default_factory=list)
+    """In what was captured."""
 
 
 def paths_of(tokens: np.ndarray, parents: np.ndarray) -> Paths:
@@ -44,11 +49,19 @@ def paths_of(tokens: np.ndarray, parents: np.ndarray) -> Paths:
     return {tuple(tree.tokens[tree.path(node)].tolist()) for node in range(len(tree))}
 
 
-def run(target: Path, checkpoint: Path, drafts: Drafts, **options: Any) -> Drafts:
+def run(
+    target: Path,
+    checkpoint: Path,
+    drafts: Drafts,
+    prepared: Callable[[Any], object] = lambda llm: None,
+    **options: Any,
+) -> Drafts:
+    """prepared: is given the engine before its first request."""
     prompts = random_prompts(4, vocabulary=VOCABULARY, longest=60)
     speculative = {"method": "hidden_transfer", "model": str(checkpoint)}
     chunked = {"max_num_batched_tokens": 48, "max_num_seqs": 4}
     with engine(target, speculative_config=speculative, **chunked, **options) as llm:
+        prepared(llm)
         drafts.texts = generate(llm, prompts, max_tokens=20)
         drafts.accepted = counters_of(llm).accepted_tokens
     return drafts
@@ -77,13 +90,22 @@ def drafts_of_v1(target: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     return run(target, checkpoint, drafts)
 
 
-def drafts_of_v2(target: Path, checkpoint: Path, asynchronous: bool) -> Drafts:
-    """In a process under V2: records, and counts waiting calls of the runner's steps."""
+def drafts_of_v2(target: Path, checkpoint: Path, way: str) -> Drafts:
+    """In a process under V2: records, and counts waiting calls of the runner's steps.
+
+    way: "cpu" for the CPU adapter, "gpu" for the GPU's on CPU tensors, "graphs" for that in captured graphs.
+    """
+    from tests.support import device_bed, fake_graph
     from vllm_hidden_transfer.engine.v2.cpu import TreeCPUModelRunnerV2
+    from vllm_hidden_transfer.engine.v2.drafting import TreeSpeculator
     from vllm_hidden_transfer.engine.v2.transfer_source import TransferSourceV2
 
     drafts, syncs = Drafts(), HostSyncs()
-    draft_logits, propose = TransferSourceV2.draft_logits, TransferSourceV2.propose_tensors
+    draft_logits, drafted = TransferSourceV2.draft_logits, TreeSpeculator._drafted
+    runner_class: type = TreeCPUModelRunnerV2
+    if way != "cpu":
+        device_bed.use()
+        runner_class = device_bed.BedRunner
 
     def keys(self: Any, batch: Any) -> list[tuple[int, Key]]:
         states = self._runner.req_states
@@ -102,7 +124,7 @@ def drafts_of_v2(target: Path, checkpoint: Path, asynchronous: bool) -> Drafts:
         return logits
 
     def recording_trees(self: Any, batch: Any) -> Any:
-        trees = propose(self, batch)
+        trees = drafted(self, batch)
         for row, key in keys(self, batch):
             count = int(trees.alive[row].sum())
             drafts.paths[key] = paths_of(
@@ -117,34 +139,50 @@ def drafts_of_v2(target: Path, checkpoint: Path, asynchronous: bool) -> Drafts:
 
         return call
 
-    TransferSourceV2.draft_logits = recording_logits  # type: ignore[method-assign]
-    TransferSourceV2.propose_tensors = recording_trees  # type: ignore[method-assign]
+    graphs: list[fake_graph.FakeGraph] = []
+
+    def captured(llm: Any) -> None:
+        found = fake_graph.capture_everything(device_bed.runner_of(llm))
+        graphs.extend(found["drafts"])
+        drafts.host_reads = [
+            read for kind in found.values() for one in kind for read in one.host_reads
+        ]
+
+    if way != "graphs":
+        TransferSourceV2.draft_logits = recording_logits  # type: ignore[method-assign]
+    TreeSpeculator._drafted = recording_trees  # type: ignore[method-assign]
     for name in ("execute_model", "sample_tokens"):
-        stock = getattr(TreeCPUModelRunnerV2, name)
-        setattr(TreeCPUModelRunnerV2, name, counted(stock))
-    run(target, checkpoint, drafts, async_scheduling=asynchronous)
+        setattr(runner_class, name, counted(getattr(runner_class, name)))
+    prepared: Callable[[Any], object] = captured if way == "graphs" else lambda llm: None
+    run(target, checkpoint, drafts, prepared, async_scheduling=True)
+    drafts.replays = sum(graph.replays for graph in graphs)
     drafts.syncs, drafts.calls = syncs.found, syncs.seen
     return drafts
 
 
-@pytest.mark.scope("v2", "drafts")
+@pytest.mark.parametrize("way", ["cpu", "gpu", "graphs"])
+@pytest.mark.scope("v2", "drafts-{way}")
 def test_drafts_are_those_of_v1(
-    tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = random_checkpoint(tmp_path / "maps", tiny_target, layer=1, bigram_rank=8)
+    checkpoint = random_checkpoint(tmp_path / "maps", tiny_target, layer=1, bigram_rank=8, budget=7)
     one = drafts_of_v1(tiny_target, checkpoint, monkeypatch)
-    two = under_v2(drafts_of_v2, tiny_target, checkpoint, True, async_scheduling=True)
+    two = under_v2(drafts_of_v2, tiny_target, checkpoint, way, async_scheduling=True)
     assert one.texts is not None
     assert two.texts is not None
     assert differences(one.texts, two.texts) == []
-    shared = one.logits.keys() & two.logits.keys()
+    shared = one.paths.keys() & two.paths.keys()
     assert len(shared) > 40
-    worst = max(float(np.abs(one.logits[key] - two.logits[key]).max()) for key in shared)
-    print(f"{len(shared)} draft passes compared, largest difference of logits {worst:.1e}")
-    assert worst < 1e-4
     for key in shared:
         assert_same_nodes(one.paths[key], two.paths[key], one.logits[key])
     assert two.syncs == []
+    assert two.host_reads == []
+    if way == "graphs":
+        assert two.replays > 20
+        return
+    worst = max(float(np.abs(one.logits[key] - two.logits[key]).max()) for key in shared)
+    print(f"{len(shared)} draft passes compared, largest difference of logits {worst:.1e}")
+    assert worst < 1e-4
     assert two.calls > 1000
 
 
