@@ -39,6 +39,8 @@ V2_DRAFTS = "tests/engine/v2/test_transfer.py::test_drafts_are_those_of_v1"
 V2_TENSORS = "tests/unit/test_tree_tensors.py"
 REQUESTS = "tests/engine/test_draft_requests.py"
 ENUMERATION = "tests/statistics/test_enumeration.py"
+KERNELS = "tests/unit/kernels/test_kernels.py"
+KERNELS_FOLDER = "engine/attention/kernels"
 
 
 @dataclass(frozen=True)
@@ -362,6 +364,40 @@ MUTATIONS = (
         "evaluation/drafts.py",
         (("logits = logits.masked_fill(left_out, -torch.inf)", "pass"),),
         "tests/unit/test_study.py::test_drafts_of_a_vocabulary_are_the_softmax_over_it",
+    ),
+    Mutation(
+        "kernels: ancestors shifted by one",
+        f"{KERNELS_FOLDER}/ancestors.py",
+        (("one << (current % 32)", "one << ((current + 1) % 32)"),),
+        f"{KERNELS}::test_ancestors[cpu]",
+    ),
+    Mutation(
+        "kernels: a context below zero",
+        f"{KERNELS_FOLDER}/tree_attention.py",
+        (
+            (
+                "context = tl.maximum(tl.load(seq_lens_ptr + request) - n, 0)",
+                "context = tl.load(seq_lens_ptr + request) - n",
+            ),
+        ),
+        f"{KERNELS}::test_a_sequence_shorter_than_its_rows[cpu-1]",
+    ),
+    Mutation(
+        "kernels: what is below the window read",
+        f"{KERNELS_FOLDER}/tree_attention.py",
+        (
+            (
+                "valid = (places >= first_place) & (places < context)",
+                "valid = places < context",
+            ),
+        ),
+        f"{KERNELS}::test_nothing_below_the_window_is_read[cpu-9]",
+    ),
+    Mutation(
+        "kernels: compaction from the deepest node on",
+        f"{KERNELS_FOLDER}/compaction.py",
+        (("for depth in range(1, DEPTHS + 1):", "for depth in range(DEPTHS, 0, -1):"),),
+        f"{KERNELS}::test_compaction[cpu]",
     ),
 )
 
