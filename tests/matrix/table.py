@@ -40,9 +40,21 @@ UNDER_V2 = {
     ],
     "preemption, and slots used again, async and sync": ["preemption-async", "preemption-sync"],
     "tensor parallel 2 (mp)": ["tensor_parallel"],
-    "hidden-transfer drafts: those of V1, no waiting for the device": ["drafts"],
+    "hidden-transfer drafts: those of V1, no waiting for the device": ["drafts-cpu"],
 }
 """What the tests under V2 record, by the table's row."""
+
+GPU_ADAPTER = {
+    "planted trees, 7 and 15 nodes, greedy and seeded, async and sync": [
+        f"planted-{scheduler}-{nodes}" for scheduler in ("async", "sync") for nodes in (7, 15)
+    ],
+    "decode steps replayed from graphs": ["graphs"],
+    "hidden-transfer drafts: those of V1, eager and from graphs": ["drafts-gpu", "drafts-graphs"],
+    "preemption, and slots used again": ["preemption"],
+    "tensor parallel 2 (mp)": ["tensor_parallel"],
+    "exact rows (VLLM_BATCH_INVARIANT=1)": ["exact-rows"],
+}
+"""What the tests of the GPU's adapter record on CPU tensors."""
 
 
 NOT_RUN = "not run"
@@ -165,9 +177,10 @@ def _runners(results: Results) -> Iterator[str]:
     for title, names in UNDER_V2.items():
         note = "on a CPU under Triton's interpreter; never ran on a GPU"
         yield results.together("v2", names).line(f"V2: {title}", note)
-    yield Cells(NOT_RUN).line(
-        "V1 or V2 on a GPU", "refused: there is no tree attention for one yet"
-    )
+    for title, names in GPU_ADAPTER.items():
+        note = "the GPU's adapter on CPU tensors under Triton's interpreter; never ran on a GPU"
+        yield results.together("gpu", names).line(f"GPU: {title}", note)
+    yield Cells(NOT_RUN).line("on a GPU", "refused until it is asked for")
 
 
 def _families(results: Results) -> Iterator[str]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import transformers
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.support.checkpoints import random_checkpoint
 from tests.support.models import random_model
 from vllm_hidden_transfer.asking import ConfigurationError
-from vllm_hidden_transfer.engine import configuration, refusals
+from vllm_hidden_transfer.engine import configuration, devices, refusals
 from vllm_hidden_transfer.engine.refusals import SENTENCES
 from vllm_hidden_transfer.names import STAND_IN
 
@@ -87,7 +88,16 @@ SET_LATER: dict[str, Callable[[Any], None]] = {
 }
 """What vLLM might make of arguments that ask for nothing of the kind."""
 
-OF_THE_MACHINE = {"another device", "V2 without Triton"}
+OF_THE_MACHINE = {"another device", "a GPU", "V2 without Triton"}
+
+ON_A_GPU: dict[str, Callable[[Any, pytest.MonkeyPatch], None]] = {
+    "V1 on a GPU": lambda c, patch: patch.setattr(type(c), "use_v2_model_runner", False),
+    "quantised KV caches on a GPU": lambda c, patch: setattr(c.cache_config, "cache_dtype", "fp8"),
+    "another attention backend": lambda c, patch: setattr(
+        c.attention_config, "backend", AttentionBackendEnum.FLASHINFER
+    ),
+    "batch invariance": lambda c, patch: patch.setenv("VLLM_BATCH_INVARIANT", "1"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +138,13 @@ def refused(target: Path, name: str, **options: Any) -> str:
 
 
 def test_every_refusal_is_tried() -> None:
-    tried = {*REFUSALS, *MODELS, *OF_THE_MACHINE, *SET_LATER}
+    tried = {*REFUSALS, *MODELS, *OF_THE_MACHINE, *SET_LATER, *ON_A_GPU}
     assert tried == set(SENTENCES)
 
 
 def test_nothing_is_refused_that_was_not_asked_for(target: Path) -> None:
     config = configure(target)
-    assert config.parallel_config.worker_cls == refusals.WORKER
+    assert config.parallel_config.worker_cls == devices.worker_cls()
 
 
 @pytest.mark.parametrize("feature", REFUSALS)
@@ -185,8 +195,37 @@ def test_another_device_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     assert refusals.of_machine()["another device"]
     monkeypatch.undo()
-    monkeypatch.setattr(refusals, "of_machine", lambda: {"another device": True})
+    monkeypatch.setattr(devices, "kind", lambda: "other")
     refused(target, "another device")
+
+
+def test_a_gpu_is_refused_until_it_is_asked_for(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "kind", lambda: "GPU")
+    message = refused(target, "a GPU")
+    assert f"{devices.OVERRIDE_VARIABLE}=1" in message
+    monkeypatch.setenv(devices.OVERRIDE_VARIABLE, "1")
+    refused(target, "V1 on a GPU")  # which vLLM picks here, without Triton
+    monkeypatch.setattr(devices, "of_config", lambda config: {})
+    config = configure(target)
+    assert config.parallel_config.worker_cls.endswith("cuda.HiddenTransferGPUWorker")
+    assert config.num_speculative_tokens == 7  # of the checkpoint's 8
+
+
+@pytest.mark.parametrize("feature", ON_A_GPU)
+def test_a_configuration_is_checked_for_gpus(
+    feature: str, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(target)
+    config.parallel_config.worker_cls = "vllm_hidden_transfer.engine.cuda.HiddenTransferGPUWorker"
+    monkeypatch.setattr(devices, "kind", lambda: "GPU")
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    configuration.check_resolved(config)
+    ON_A_GPU[feature](config, monkeypatch)
+    with pytest.raises(ConfigurationError) as refusal:
+        configuration.check_resolved(config)
+    assert SENTENCES[feature] in str(refusal.value)
 
 
 def test_v2_without_triton_is_refused(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

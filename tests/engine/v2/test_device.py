@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.v2 import VOCABULARY
+from tests.engine.v2 import VOCABULARY, test_identity
 from tests.engine.v2.test_identity import BOTH_SCHEDULERS, CHUNKED, Found, sampled
 from tests.support.engines import Texts, engine, generate, planted_options, random_prompts
 from tests.support.under_v2 import under_v2
@@ -109,6 +109,7 @@ def compare_replayed(target: Path, answers: Path, checkpoint: Path | None, stale
     )
 
 
+@pytest.mark.scope("gpu", "graphs")
 def test_planted_trees_in_graphs(tiny_target: Path, tmp_path: Path) -> None:
     one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", False)
     one.found.judge(tiny_target, "float32")
@@ -123,3 +124,60 @@ def test_graphs_that_read_another_step_are_seen(tiny_target: Path, tmp_path: Pat
     one = under_v2(compare_replayed, tiny_target, tmp_path / "answers.json", True)
     assert one.replays > 5
     assert one.found.different != []
+
+
+def on_bed(compare: str, *arguments: Any, exact: bool = False) -> Any:
+    """One of ``test_identity``'s comparisons with the GPU adapter in place of the CPU's.
+
+    exact: with the kernel whose rows have the bits of decoding without speculation.
+    """
+    from tests.support import device_bed
+
+    device_bed.use()
+    device_bed.BedRunner.exact = exact
+    return getattr(test_identity, compare)(*arguments)
+
+
+@pytest.mark.matrix
+@pytest.mark.scope("gpu", "preemption")
+def test_preemption_and_slots_used_again(
+    tiny_target: Path, tmp_path: Path, record_property: Any
+) -> None:
+    arguments = tiny_target, tmp_path / "answers.json", True
+    found = under_v2(on_bed, "compare_crowded", *arguments, async_scheduling=True, seconds=1200)
+    for one in found:
+        one.judge(tiny_target, "float32")
+        assert one.acceptance_length >= 1.5
+    assert sum(one.preemptions for one in found) >= 10
+    record_property("acceptance_length", round(found[0].acceptance_length, 2))
+
+
+@pytest.mark.matrix
+@pytest.mark.scope("gpu", "tensor_parallel")
+def test_tensor_parallel(tiny_target: Path, tmp_path: Path, record_property: Any) -> None:
+    greedy, cool = under_v2(
+        on_bed,
+        *("compare_tensor_parallel", tiny_target, tmp_path / "answers.json"),
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    greedy.judge(tiny_target, "float32")
+    assert cool.different == []
+    assert min(greedy.accepted_tokens, cool.accepted_tokens) > 0
+    record_property("acceptance_length", round(greedy.acceptance_length, 2))
+
+
+def compare_exact(target: Path, answers: Path) -> list[Found]:
+    found: list[Found] = on_bed(
+        "compare_greedy", target, answers, "float32", False, 3, 24, exact=True
+    )
+    return found
+
+
+@pytest.mark.matrix
+@pytest.mark.scope("gpu", "exact-rows")
+def test_exact_rows(tiny_target: Path, tmp_path: Path, record_property: Any) -> None:
+    """The kernel for VLLM_BATCH_INVARIANT=1; that its rows have the bits is asked of ``test_kernels``."""
+    for one in under_v2(compare_exact, tiny_target, tmp_path / "answers.json"):
+        one.judge(tiny_target, "float32")
+        assert one.acceptance_length >= 1.8
+    record_property("acceptance_length", round(one.acceptance_length, 2))

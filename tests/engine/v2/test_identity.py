@@ -91,8 +91,10 @@ def planted_engine(target: Path, nodes: int, **options: Any) -> Iterator[Any]:
     source = options.pop("source", PLANTED)
     with engine(target, **options, **planted_options(nodes, source)) as llm:
         if "tensor_parallel_size" not in options:
+            from vllm_hidden_transfer.engine.v2.runner import TreeRunnerV2
+
             worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-            assert type(worker.model_runner).__name__ == "TreeCPUModelRunnerV2"
+            assert isinstance(worker.model_runner, TreeRunnerV2)
         yield llm
 
 

@@ -160,8 +160,14 @@ def drafts_of_v2(target: Path, checkpoint: Path, way: str) -> Drafts:
     return drafts
 
 
-@pytest.mark.parametrize("way", ["cpu", "gpu", "graphs"])
-@pytest.mark.scope("v2", "drafts-{way}")
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("cpu", marks=pytest.mark.scope("v2", "drafts-cpu")),
+        pytest.param("gpu", marks=pytest.mark.scope("gpu", "drafts-gpu")),
+        pytest.param("graphs", marks=pytest.mark.scope("gpu", "drafts-graphs")),
+    ],
+)
 def test_drafts_are_those_of_v1(
     way: str, tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
