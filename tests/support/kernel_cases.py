@@ -180,7 +180,7 @@ class Step:
         def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.randn(*shape, generator=random).to(dtype)
 
-        each = [
+        keys, values = (
             [
                 normal(
                     *(request.context + request.num_rows, case.kv_heads, case.head_size),
@@ -189,19 +189,21 @@ class Step:
                 for request in case.requests
             ]
             for _ in range(2)
-        ]
+        )
         num_rows = case.starts[-1] + int(rng.integers(0, 3))
         factors = (0.7, 1.3) if case.is_fp8 else (1.0, 1.0)
-        cache, table = paged(case, rng, *each)
+        cache, table = paged(case, rng, keys, values)
         return cls(
             case,
             normal(num_rows, case.heads, case.head_size, dtype=case.dtype),
-            *each,
+            keys,
+            values,
             normal(case.heads, dtype=case.dtype) if case.has_sinks else None,
-            *(torch.tensor([factor]) for factor in factors),
+            torch.tensor([factors[0]]),
+            torch.tensor([factors[1]]),
             cache,
             table,
-            own_rows(case, num_rows, *each) if case.is_dense else None,
+            own_rows(case, num_rows, keys, values) if case.is_dense else None,
         )
 
     def run(self, device: str) -> torch.Tensor:
@@ -492,21 +494,30 @@ def exact_rows_of(seed: int, dtype: torch.dtype, device: str) -> ExactRows:
     case = Case(seed, 8, 8, 2, 64, 16, dtype, requests)
     step = Step.of(case)
     q = step.q[: case.starts[-1]].to(device)
-    caches = step.cache.to(device).transpose(1, 2).split(case.head_size, -1)
-    place = (
-        step.table.to(device),
-        torch.tensor([r.seq_len for r in requests], dtype=torch.int32, device=device),
-        torch.tensor(case.starts, dtype=torch.int32, device=device),
-    )
+    k_cache, v_cache = step.cache.to(device).transpose(1, 2).split(case.head_size, -1)
+    table = step.table.to(device)
+    seq_lens = torch.tensor([r.seq_len for r in requests], dtype=torch.int32, device=device)
+    starts = torch.tensor(case.starts, dtype=torch.int32, device=device)
     words, depths = write_words(requests, case.nodes, seed, device)
     parents = torch.tensor([request.parents for request in requests], device=device)
     has_drafts = torch.tensor([request.has_drafts for request in requests], device=device)
     path = paths(parents, depths[: len(requests)], has_drafts)
     exact, masked = torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
     scale = case.head_size**-0.5
-    exact_rows(q, *caches, exact, *place, path, depths, scale)
+    exact_rows(q, k_cache, v_cache, exact, table, seq_lens, starts, path, depths, scale)
     tree_attention(
-        q, *caches, masked, *place, words, depths, max_rows=case.nodes + 1, scale=scale, tile=32
+        q,
+        k_cache,
+        v_cache,
+        masked,
+        table,
+        seq_lens,
+        starts,
+        words,
+        depths,
+        max_rows=case.nodes + 1,
+        scale=scale,
+        tile=32,
     )
     stock = torch.cat(
         [

@@ -30,9 +30,9 @@ ON = pytest.mark.parametrize(
         ),
     ],
 )
-QUICK = 32
+QUICK = 24
 """Random cases that every run of the tests looks at."""
-ALL, STEP = 200, 42
+ALL, STEP = 200, 44
 """Those of the matrix, and how many of them a test looks at."""
 
 
