@@ -36,6 +36,8 @@ CHUNKS = (
 V2_GREEDY = "tests/engine/v2/test_identity.py::test_greedy[async-float32]"
 V2_SEEDED = "tests/engine/v2/test_identity.py::test_a_seed_gives_the_text_of_no_speculation[async]"
 V2_DRAFTS = "tests/engine/v2/test_transfer.py::test_drafts_are_those_of_v1"
+GPU_PLANTED = "tests/engine/v2/test_device.py::test_planted_trees[async-7]"
+BUDGET = "tests/unit/test_budget.py"
 V2_TENSORS = "tests/unit/test_tree_tensors.py"
 REQUESTS = "tests/engine/test_draft_requests.py"
 ENUMERATION = "tests/statistics/test_enumeration.py"
@@ -62,11 +64,11 @@ MUTATIONS = (
     ),
     Mutation(
         "position off by one",
-        "tree/token_tree.py",
+        "engine/v1/runner.py",
         (
             (
-                "np.concatenate([np.zeros(1, dtype=np.int64), self.depths])",
-                "np.concatenate([np.zeros(1, dtype=np.int64), self.depths + 1])",
+                "np.repeat(step.root_positions, sizes) + depths",
+                "np.repeat(step.root_positions, sizes) + depths + 1",
             ),
         ),
         IDENTITY,
@@ -251,9 +253,38 @@ MUTATIONS = (
     ),
     Mutation(
         "V2: no compaction",
-        "engine/v2/runner.py",
-        (("self._step_slots[places], moved)", "self._step_slots[places], moved & False)"),),
+        "engine/v2/cpu.py",
+        (("& (path != depths)", "& (path < 0)"),),
         V2_GREEDY,
+    ),
+    Mutation(
+        "GPU: no compaction",
+        "engine/v2/device.py",
+        (("            walk.num_accepted,\n", "            walk.num_accepted * 0,\n"),),
+        GPU_PLANTED,
+    ),
+    Mutation(
+        "GPU: trees of another slot",
+        "engine/v2/device.py",
+        (
+            (
+                "self._tree_rows.write(self.slots.parents, batch.idx_mapping, drafts)",
+                "self._tree_rows.write(self.slots.parents, batch.idx_mapping * 0, drafts)",
+            ),
+        ),
+        GPU_PLANTED,
+    ),
+    Mutation(
+        "drafts where they do not pay",
+        "drafting/budget.py",
+        (("if self._owed + (0.0 if pays else loss) > FIRST_TRIES:", "if False:"),),
+        BUDGET,
+    ),
+    Mutation(
+        "a promise is what is kept of it",
+        "drafting/budget.py",
+        (("return (self.accepted + weight * prior) / (self.promised + weight)", "return 1.0"),),
+        BUDGET,
     ),
     Mutation(
         "V2: parents out of step with tokens",

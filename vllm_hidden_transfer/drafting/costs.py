@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pass costs, learned from the passes themselves. numpy, no vLLM.
+
+The time of a pass is modelled as f(rows) + c * reads, where f is linear between powers of two and ``reads`` are the
+tokens of context that its attention reads. It is the least-squares fit to the latest passes of each size, with a small
+weight on every change of slope: where nothing was measured the nearest slope goes on, and where only one size was
+measured there is none. Whatever disturbs a pass makes it slower, so one that took twice the quicker ones of its size
+says nothing, and one or two of a size alone say little. What was measured long ago is forgotten: the load has changed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+KNOTS: NDArray[np.float64] = 2.0 ** np.arange(13)
+"""Rows between which a pass's time is linear: 1, 2, 4, ... 4096."""
+KEPT = 24
+"""Passes of each size that count: older ones were another load's."""
+FRESH = 1000
+"""Passes of all sizes after which one is forgotten."""
+REFIT = 8
+"""Passes between two fits, once as many of a size are known."""
+TRUST = (0.001, 0.02)
+"""Weight of the only pass of a size, and of the only two, beside 1 for one of three or more."""
+STIFFNESS = 0.02
+"""Weight on a change of slope, beside 1 for a measured pass, both relative to its time."""
+FLATNESS = 1e-4
+"""Weight on slopes themselves, which decides only where nothing else does."""
+
+FloatArray = NDArray[np.float64]
+
+
+def size_of(rows: int) -> int:
+    """Which of the knots a pass counts for: the nearest below."""
+    return min(max(int(rows), 1).bit_length() - 1, len(KNOTS) - 1)
+
+
+class _Pass(NamedTuple):
+    number: int
+    rows: float
+    reads: float
+    seconds: float
+
+
+class PassCosts:
+    """Seconds of one kind of pass."""
+
+    def __init__(self) -> None:
+        self._passes: list[deque[_Pass]] = [deque(maxlen=KEPT) for _ in KNOTS]
+        self._count = 0
+        self._fit: tuple[FloatArray, float] | None = None
+
+    def observe(self, rows: int, reads: int, seconds: float) -> None:
+        """A pass that was measured.
+
+        Args:
+            rows: of all requests together.
+            reads: tokens of context that its attention read, each as often as it was read.
+            seconds: how long it took.
+        """
+        self._count += 1
+        passes = self._passes[size_of(rows)]
+        passes.append(_Pass(self._count, float(rows), float(reads), seconds))
+        if len(passes) < REFIT or self._count % REFIT == 0:
+            self._fit = None
+
+    def seen(self, rows: int) -> int:
+        """How many passes of about this size count, at most ``KEPT``."""
+        return len(self._passes[size_of(rows)])
+
+    def most_known(self) -> int:
+        """The most rows of which at least as many passes as make one trusted were measured; 0 if there are none."""
+        known = [passes for passes in self._passes if len(passes) > len(TRUST)]
+        return int(max(one.rows for one in known[-1])) if known else 0
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return any(self._passes)
+
+    def predict(self, rows: ArrayLike, reads: ArrayLike) -> FloatArray:
+        """Seconds of passes; 0 where nothing was measured. More rows never cost less."""
+        if not self.known:
+            return np.zeros(np.broadcast(rows, reads).shape)
+        if self._fit is None:
+            self._fit = self._fitted()
+        times, each_read = self._fit
+        found: FloatArray = np.interp(rows, KNOTS, times) + each_read * np.asarray(reads)
+        return found
+
+    def _fitted(self) -> tuple[FloatArray, float]:
+        """Seconds at the knots, and of one token read."""
+        rows, reads, seconds, trust = np.array(self._undisturbed()).T
+        # Relative errors: a long pass may be as far off as a short one, in parts of itself.
+        unit = float(np.median(seconds))
+        reads_unit = max(float(reads.max()), 1.0)
+        weights = trust**0.5 * unit / seconds
+        measured = np.column_stack([_hats(rows), reads / reads_unit]) * weights[:, None]
+        normal = measured.T @ measured + _PRIOR
+        solution = np.linalg.solve(normal, measured.T @ (weights * seconds / unit)) * unit
+        return np.maximum.accumulate(solution[:-1]), max(float(solution[-1]), 0.0) / reads_unit
+
+    def _undisturbed(self) -> list[tuple[float, float, float, float]]:
+        """Rows, reads, seconds and trust of the passes that count."""
+        found = []
+        for passes in self._passes:
+            while passes and passes[0].number <= self._count - FRESH:
+                passes.popleft()
+        for passes in filter(None, self._passes):
+            limit = 2 * float(np.quantile([one.seconds for one in passes], 0.25))
+            trust = (0.0, *TRUST, 1.0)[min(len(passes), 3)]
+            found += [
+                (one.rows, one.reads, one.seconds, trust) for one in passes if one.seconds <= limit
+            ]
+        return found
+
+
+def _hats(rows: FloatArray) -> FloatArray:
+    """[n, knots]: the shares of each knot in a value between two of them."""
+    rows = rows.clip(KNOTS[0], KNOTS[-1])
+    left = np.minimum(np.searchsorted(KNOTS, rows, side="right") - 1, len(KNOTS) - 2)
+    share = (rows - KNOTS[left]) / (KNOTS[left + 1] - KNOTS[left])
+    found, each = np.zeros((len(rows), len(KNOTS))), np.arange(len(rows))
+    found[each, left], found[each, left + 1] = 1 - share, share
+    return found
+
+
+def _prior() -> FloatArray:
+    """What is believed before anything is measured, as a part of the normal equations of knots and reads."""
+    slopes = np.diff(np.eye(len(KNOTS)), axis=0) / np.diff(KNOTS)[:, None]
+    bends, flat = np.diff(slopes, axis=0) * KNOTS[1:-1, None], slopes * KNOTS[:-1, None]
+    found = np.zeros((len(KNOTS) + 1, len(KNOTS) + 1))
+    found[:-1, :-1] = STIFFNESS * bends.T @ bends + FLATNESS * flat.T @ flat
+    found[-1, -1] = FLATNESS
+    return found
+
+
+_PRIOR = _prior()
