@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the calls share: where output goes, tables, child processes, and times of launches in CUDA graphs.
+"""What the calls share: where output goes, tables and child processes.
 
 The machine has PyTorch and Triton but neither this project nor a network, so this needs the standard library and torch
 only, and imports torch where it is used. Never ran on a GPU.
@@ -12,12 +12,11 @@ import json
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,12 @@ ROOM = Path(tempfile.gettempdir()) / "hidden-transfer-gpu"
 KIT = ROOM / "kit"
 """vLLM for CUDA, unpacked by call 3."""
 BED = ROOT / "tests" / "support" / "v2_bed"
-PATHS = [str(path) for path in (KIT, ROOT) if path.is_dir()]
-sys.path[:0] = PATHS
+sys.path[:0] = [str(KIT), str(ROOT)]
 
 LINES_VARIABLE = "HIDDEN_TRANSFER_GPU_LINES"
 """Where a child appends its results."""
 INTERPRETED = {
-    "PYTHONPATH": os.pathsep.join([str(BED), *PATHS]),
+    "PYTHONPATH": os.pathsep.join(map(str, (BED, ROOT))),
     "VLLM_V2_ON_CPU": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "TRITON_INTERPRET": "1",
@@ -152,7 +150,10 @@ class Output:
         Returns:
             Whether it ended well.
         """
-        variables = {LINES_VARIABLE: str(self.lines), "PYTHONPATH": os.pathsep.join(PATHS)}
+        variables = {
+            LINES_VARIABLE: str(self.lines),
+            "PYTHONPATH": os.pathsep.join(map(str, (KIT, ROOT))),
+        }
         began = self.log.stat().st_size
         with self.log.open("a") as log:
             child = subprocess.Popen(
@@ -174,11 +175,13 @@ class Output:
                     child.wait()
         if code == 0:
             return True
+        from vllm_hidden_transfer.bench.engine_process import last_error_line
+
         why = f"ended after {seconds:.0f} s, its limit" if code is None else f"status {code}"
         with self.log.open() as log:
             log.seek(began)
-            said = [line.strip() for line in log if line.strip()]
-        self.say(f"FAILED {name}: {why}: {said[-1][:300] if said else 'it printed nothing'}")
+            said = last_error_line(log.read())
+        self.say(f"FAILED {name}: {why}: {said[:300]}")
         return False
 
 
@@ -192,52 +195,3 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.4g}"
     return "-" if value is None else str(value)
-
-
-def launch_us(launches: Sequence[Callable[[], object]], rounds: int = 7) -> float:
-    """Microseconds of one launch: the median of replays of a CUDA graph of all of them; on a CPU of plain calls.
-
-    Args:
-        launches: on different data, or what they read stays in the cache.
-        rounds: of replays.
-    """
-    import torch
-
-    def once() -> None:
-        for launch in launches:
-            launch()
-
-    if not torch.cuda.is_available():
-        return 1e3 * synchronised_ms(once, rounds) / len(launches)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        once()  # compiles what is not compiled yet
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
-    events = [
-        [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-        for _ in range(rounds + 1)
-    ]
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    times = [start.elapsed_time(end) for start, end in events[1:]]  # the first one warms up
-    return 1e3 * statistics.median(times) / len(launches)
-
-
-def synchronised_ms(work: Callable[[], object], rounds: int = 20) -> float:
-    """Milliseconds from a call to the end of its work on the device, the host's part included: a median."""
-    import torch
-
-    times = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times[1:])

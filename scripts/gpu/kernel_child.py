@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from common import append, launch_us
+from common import append
 from kernel_times import LLAMA_8B, TINY, Bench, Layer, Variant, default_variant, variants
+from timing import launch_us
 
 from tests.support import kernel_cases
 

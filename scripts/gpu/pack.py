@@ -25,15 +25,16 @@ from parts import PART_BYTES, PartsError, cut
 VLLM = "vllm==0.32.0"
 WANTED = """
 annotated-types anthropic>=0.71 apache-tvm-ffi astor blake3 cachetools cbor2 cffi compressed-tensors==0.17.0
-cryptography depyf==0.20.0 dill diskcache dnspython docstring-parser email-validator fastapi>=0.133,<0.137 googleapis-common-protos
-httptools ijson interegular jiter jmespath jsonschema jsonschema-specifications lark==1.2.2 llguidance>=1.7,<1.8
-lm-format-enforcer==0.11.3 loguru mcp>=2,<3 mcp-types mistral-common>=1.11.6
+cryptography depyf==0.20.0 dill diskcache dnspython docstring-parser email-validator fastapi>=0.133,<0.137
+googleapis-common-protos httptools ijson interegular jiter jmespath jsonschema jsonschema-specifications
+lark==1.2.2 llguidance>=1.7,<1.8 lm-format-enforcer==0.11.3 loguru mcp>=2,<3 mcp-types mistral-common>=1.11.6
 model-hosting-container-standards>=0.1.14,<1 msgspec openai>=2.25 opentelemetry-api opentelemetry-sdk
-opentelemetry-proto opentelemetry-semantic-conventions opentelemetry-semantic-conventions-ai>=0.4.1 oss-harmony>=0.0.11
-outlines_core==0.2.14 partial-json-parser prometheus-fastapi-instrumentator>=8 pybase64 pycountry pycparser
-pydantic>=2.12 pydantic-extra-types pydantic-settings pyjwt python-dotenv python-json-logger python-multipart pyzmq referencing rpds-py
-setproctitle sniffio sse-starlette starlette>=1.0.1 supervisor truststore typing-inspection uvicorn watchfiles gguf
-accelerate websockets xgrammar==0.2.8 httpx2 httpcore2 nvtx==0.2.15
+opentelemetry-proto opentelemetry-semantic-conventions opentelemetry-semantic-conventions-ai>=0.4.1
+oss-harmony>=0.0.11 outlines_core==0.2.14 partial-json-parser prometheus-fastapi-instrumentator>=8 pybase64
+pycountry pycparser pydantic>=2.12 pydantic-extra-types pydantic-settings pyjwt python-dotenv python-json-logger
+python-multipart pyzmq referencing rpds-py setproctitle sniffio sse-starlette starlette>=1.0.1 supervisor
+truststore typing-inspection uvicorn watchfiles gguf accelerate websockets xgrammar==0.2.8 httpx2 httpcore2
+nvtx==0.2.15
 """
 """What vLLM imports or asks the version of, and the machine lacks."""
 GLIBC = (39, 36, 35, 34, 31, 28, 27, 24, 17, 12, 5)

@@ -11,9 +11,10 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import torch
-from common import append, launch_us
+from common import append
 from kernel_child import NODES, attempt, layer_of
 from kernel_times import Bench, default_variant
+from timing import launch_us
 
 MODULES = (
     "vllm",
