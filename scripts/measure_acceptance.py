@@ -60,6 +60,7 @@ def main(
                 "method": "hidden_transfer",
                 "model": str(folder),
                 "num_speculative_tokens": budget,
+                "always_draft": True,
             },
         }
         log = ROOT / "work/acceptance" / f"{folder.name}.log"

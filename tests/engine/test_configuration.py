@@ -125,6 +125,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_speculative_tokens": 1000}, {}, "from 1 to 256, not 1000"),
     ({"num_speculative_tokens": "many"}, {}, "not 'many'"),
     ({"allow_target_mismatch": "yes"}, {}, "must be true or false"),
+    ({"always_draft": 1}, {}, "always_draft in --speculative-config must be true or false, not 1"),
     ({"model": "/nowhere/at/all"}, {}, "no transfer checkpoint at /nowhere/at/all"),
     ({"model": 3}, {}, "must be the folder"),
     ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),

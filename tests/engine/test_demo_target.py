@@ -70,6 +70,7 @@ def with_maps(target: Path, budget: int) -> dict[str, Any]:
             "method": "hidden_transfer",
             "model": str(target / "hidden_transfer"),
             "num_speculative_tokens": budget,
+            "always_draft": True,
         }
     }
 

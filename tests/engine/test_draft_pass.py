@@ -150,7 +150,7 @@ def test_drafts_equal_transformers(
     with engine(random_target, **chunked) as llm:
         reference = generate(llm, prompts, max_tokens=24)
     reference.plant(tmp_path / "answers.json")
-    options = {"method": "hidden_transfer", "model": str(checkpoint)}
+    options = {"method": "hidden_transfer", "model": str(checkpoint), "always_draft": True}
     with engine(random_target, speculative_config=options, **chunked) as llm:
         generate(llm, prompts, max_tokens=24)
         counters = counters_of(llm)

@@ -90,7 +90,7 @@ def test_with_adapters_the_whole_head_is_read(random_target: Path, tmp_path: Pat
     """vLLM lets an adapter change the LM head, so its rows alone would not be the requests' logits."""
     checkpoint = random_checkpoint(tmp_path / "maps", random_target)
     save_vocabulary(checkpoint, LISTED)
-    speculative = {"method": "hidden_transfer", "model": str(checkpoint)}
+    speculative = {"method": "hidden_transfer", "model": str(checkpoint), "always_draft": True}
     prompts = random_prompts(2)
     with engine(random_target, speculative_config=speculative, enable_lora=True) as llm:
         generate(llm, prompts, max_tokens=8)

@@ -26,7 +26,7 @@ from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import counters_of, engine, planted_options, random_prompts
 from tests.support.http_cases import assert_alike, post, stream
 from tests.support.models import VOCABULARY, add_tokenizer, random_model
-from tests.support.servers import metric, serve
+from tests.support.servers import ALWAYS, metric, serve
 
 pytestmark = pytest.mark.engine
 
@@ -201,7 +201,7 @@ def replies(demo_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     both = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # for /pause
-        for name, way in (("off", ()), ("on", ("--speculative-model", "hidden_transfer"))):
+        for name, way in (("off", ()), ("on", ALWAYS)):
             with serve(demo_target, *options, *way, log=folder / f"{name}.log") as url:
                 both.append({case: outcome(CASES[case], url, demo_target) for case in CASES})
                 assert (metric(url, "vllm:spec_decode_num_accepted_tokens_total") > 100) == bool(
@@ -269,7 +269,7 @@ def test_without_a_server(demo_target: Path) -> None:
     }
     with engine(demo_target, **options) as llm:
         reference = in_process(llm, demo_target)
-    way = {"speculative_config": {"method": "hidden_transfer"}}
+    way = {"speculative_config": {"method": "hidden_transfer", "always_draft": True}}
     with engine(demo_target, **options, **way) as llm:
         answers = in_process(llm, demo_target)
         assert counters_of(llm).accepted_tokens > 50

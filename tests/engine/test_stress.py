@@ -67,7 +67,7 @@ def test_random_engine(number: int, target: Path, checkpoint: Path, tmp_path: Pa
     print(drawn)
     speculation = planted_options(drawn.nodes)
     if drawn.real_drafts:
-        config = {"method": "hidden_transfer", "model": str(checkpoint)}
+        config = {"method": "hidden_transfer", "model": str(checkpoint), "always_draft": True}
         speculation = {"speculative_config": {**config, "num_speculative_tokens": drawn.nodes}}
     else:
         texts = [

@@ -22,7 +22,7 @@ from tests.matrix.settings import reasoning_target
 from tests.support.engines import PLANTED, Texts, assert_identical
 from tests.support.http_cases import assert_alike, post, stream
 from tests.support.models import VOCABULARY, random_adapter
-from tests.support.servers import VLLM, chat, metric, serve
+from tests.support.servers import ALWAYS, VLLM, chat, metric, serve
 
 pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
@@ -283,7 +283,7 @@ def test_long_prompts_with_stock_kv_split_and_two_threads(
         for length in (len(story), len(story) // 2, 300)
     ]
     both: list[list[Any]] = []
-    ways: dict[str, tuple[str, ...]] = {"off": (), "on": ("--speculative-model", "hidden_transfer")}
+    ways: dict[str, tuple[str, ...]] = {"off": (), "on": ALWAYS}
     for name, way in ways.items():
         with (
             serve(demo_target, *options, *way, log=tmp_path / f"{name}.log") as url,

@@ -58,7 +58,13 @@ def test_drafts_and_verifies_identically(family: str, tmp_path: Path, record_pro
         length = acceptance_length(texts, counters_of(llm))
     assert_identical(reference, texts, target, **options)
     assert length >= 2
-    maps = {"speculative_config": {"method": "hidden_transfer", "model": str(checkpoint)}}
+    maps = {
+        "speculative_config": {
+            "method": "hidden_transfer",
+            "model": str(checkpoint),
+            "always_draft": True,
+        }
+    }
     with engine(target, **options, **maps) as llm:
         texts = generate(llm, prompts, max_tokens=NUM_TOKENS)
         counters = counters_of(llm)

@@ -248,7 +248,13 @@ def test_real_drafts_with_adapters(tmp_path: Path) -> None:
     sampling = [dict(GREEDY)] * NUM_PROMPTS
     with engine(target, **options) as llm:
         reference = ask(llm, prompts, sampling, lora)
-    maps = {"speculative_config": {"method": "hidden_transfer", "model": str(checkpoint)}}
+    maps = {
+        "speculative_config": {
+            "method": "hidden_transfer",
+            "model": str(checkpoint),
+            "always_draft": True,
+        }
+    }
     with engine(target, **options, **maps) as llm:
         answers = ask(llm, prompts, sampling, lora)
         counters = counters_of(llm)

@@ -8,6 +8,7 @@ graph pool hands out twice, and streams.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,7 +92,7 @@ def captures() -> Iterator[None]:
         for desc in self._capture_descs[CUDAGraphMode.FULL]:
             create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
             forward, graph = create_forward_fn(desc, warmup=False), FakeGraph()
-            graph.capture(lambda forward=forward: forward(CUDAGraphMode.NONE))
+            graph.capture(functools.partial(forward, CUDAGraphMode.NONE))
             self.graphs[desc] = graph
         self._graphs_captured = True
 

@@ -28,6 +28,8 @@ SMALL = (
     "--block-size",
     "32",
 )
+ALWAYS = ("--speculative-config", '{"method": "hidden_transfer", "always_draft": true}')
+"""With drafts at every step: whether they pay hangs on the machine."""
 
 
 @contextmanager

@@ -106,21 +106,21 @@ def roomy(kept: float = 1.0) -> World:
     )
 
 
-@pytest.mark.parametrize("requests", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0, 1.2])
+@pytest.mark.parametrize("requests", [1, 4, 32])
+@pytest.mark.parametrize("kept", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("world", [small_cpu, roomy])
 def test_never_slower_than_off(world: Callable[..., World], kept: float, requests: int) -> None:
     one = world(kept)
-    ratio = one.run(Budget(NODES), requests, 1500) / one.plain(requests)
-    print(f"{ratio:.3f} of no speculation, {one.drafted_steps} of 1500 steps with drafts")
+    ratio = one.run(Budget(NODES), requests, 1000) / one.plain(requests)
+    print(f"{ratio:.3f} of no speculation, {one.drafted_steps} of 1000 steps with drafts")
     assert ratio > 0.97
 
 
-@pytest.mark.parametrize("requests", [1, 2, 8])
+@pytest.mark.parametrize("requests", [1, 8])
 @pytest.mark.parametrize("world", [small_cpu, roomy])
 def test_as_fast_as_the_best_fixed_budget(world: Callable[..., World], requests: int) -> None:
     one = world()
-    found = one.run(Budget(NODES), requests, 1500)
+    found = one.run(Budget(NODES), requests, 800)
     best = max(one.plain(requests), *(one.fixed(requests, n) for n in range(1, NODES + 1)))
     print(f"{found / best:.3f} of the best fixed budget, {found / one.plain(requests):.2f} of none")
     assert found / best > (0.85 if world is roomy and requests == 8 else 0.95)  # a knee

@@ -154,7 +154,7 @@ def test_wrong_values(bench: Bench) -> None:
     def wrong(key: str, value: Any) -> bool:
         if key == "num_speculative_tokens":
             return value is not None and not (type(value) is int and 1 <= value <= MAX_BUDGET)
-        if key == "allow_target_mismatch":
+        if key in ("allow_target_mismatch", "always_draft"):
             return not isinstance(value, bool)
         return value is not None and value != METHOD
 

@@ -126,27 +126,41 @@ class Budget:
         self._pass_seconds += seconds
 
     def observe_step(
-        self, requests: int, reads: int, seconds: float, trees: Sequence[Verified] = ()
+        self,
+        requests: int,
+        reads: int,
+        seconds: float,
+        trees: Sequence[Verified] = (),
+        more_reads: int = 0,
     ) -> None:
         """A step in which all requests were decoding.
 
         Args:
             requests: in it.
-            reads: tokens of context that its attention read, each as often as it was read.
+            reads: tokens of their contexts.
             seconds: how long it took.
             trees: those that it verified.
+            more_reads: what attention read again of the contexts for the trees' sake.
         """
+        self._learn_acceptance(trees)
         rows = requests + sum(len(tree.probabilities) for tree in trees)
-        self.steps.observe(rows, reads, seconds)
+        self.steps.observe(rows, reads + more_reads, seconds)
         step = float(self.steps.predict(requests, reads))
         self._owed -= TRY_SHARE * seconds / step
         if self._pass_seconds:
             accepted = sum(tree.accepted for tree in trees)
-            took = min(seconds, 2 * float(self.steps.predict(rows, reads)))
+            took = min(seconds, 2 * float(self.steps.predict(rows, reads + more_reads)))
             took += min(self._pass_seconds, 2 * float(self.passes.predict(len(trees) or 1, reads)))
             self._owed += took / step - (requests + accepted) / requests
         self._owed = max(self._owed, -FIRST_TRIES)
         self._pass_seconds = 0.0
+
+    def observe_mixed_step(self, trees: Sequence[Verified]) -> None:
+        """A step with prompts in it, whose time says nothing of decoding."""
+        self._learn_acceptance(trees)
+        self._pass_seconds = 0.0
+
+    def _learn_acceptance(self, trees: Sequence[Verified]) -> None:
         for record in (self._of_all, *self._of_each.values()):
             record.fade(FADING)
         for tree in trees:
@@ -235,7 +249,7 @@ class Budget:
         return found
 
     def observe_runs(self, nodes: int, runs: int) -> None:
-        """How many sequences attention read for so many verified nodes."""
+        """How often attention read a context again for so many verified nodes."""
         if nodes:
             self._runs_per_node = 0.95 * self._runs_per_node + 0.05 * runs / nodes
 

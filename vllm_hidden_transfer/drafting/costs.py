@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-KNOTS: NDArray[np.float64] = 2.0 ** np.arange(13)
+KNOTS: NDArray[np.float64] = np.exp2(np.arange(13, dtype=np.float64))
 """Rows between which a pass's time is linear: 1, 2, 4, ... 4096."""
 KEPT = 24
 """Passes of each size that count: older ones were another load's."""
@@ -89,7 +89,7 @@ class PassCosts:
         if self._fit is None:
             self._fit = self._fitted()
         times, each_read = self._fit
-        found: FloatArray = np.interp(rows, KNOTS, times) + each_read * np.asarray(reads)
+        found: FloatArray = np.interp(np.asarray(rows, dtype=np.float64), KNOTS, times) + each_read * np.asarray(reads)
         return found
 
     def _fitted(self) -> tuple[FloatArray, float]:

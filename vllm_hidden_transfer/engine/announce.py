@@ -28,8 +28,21 @@ UNUSABLE_DRAFTS = (
 )
 
 
+DOES_NOT_PAY = (
+    "hidden_transfer: drafts do not pay here for %d requests at a time, so steps go without them until they do; "
+    "always_draft in --speculative-config drafts all the same. This is said once."
+)
+
+
 def announce(
-    settings: Settings, drafts: str, budget: int, dtype: torch.dtype, attention: str, runner: str
+    settings: Settings,
+    drafts: str,
+    budget: int,
+    dtype: torch.dtype,
+    attention: str,
+    runner: str,
+    *,
+    adaptive: bool,
 ) -> None:
     """Say what runs, once an engine.
 
@@ -38,13 +51,15 @@ def announce(
         budget: nodes of a tree at most.
         attention: how trees are attended, in a few words.
         runner: "V1" or "V2".
+        adaptive: whether steps go without drafts where those do not pay.
     """
     if get_tensor_model_parallel_rank() != 0:
         return
     logger.info(
-        "hidden_transfer is on: %s, trees of up to %d nodes, %s, %s, %s runner",
+        "hidden_transfer is on: %s, trees of up to %d nodes %s, %s, %s, %s runner",
         drafts,
         budget,
+        "where they pay" if adaptive else "at every step",
         str(dtype).removeprefix("torch."),
         attention,
         runner,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from vllm_hidden_transfer.checkpoint.config import TransferConfig
 
-OPTIONS = ("method", "model", "num_speculative_tokens", "allow_target_mismatch")
+OPTIONS = ("method", "model", "num_speculative_tokens", "allow_target_mismatch", "always_draft")
 MAX_BUDGET = 256
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU default of 128 makes every copy of a partial block four times as large."""
@@ -59,7 +59,9 @@ def plan(
     source = _draft_source(args.additional_config)
     budget = options.get("num_speculative_tokens")
     if source is not None:
-        settings = Settings(checkpoint=None, draft_source=source)
+        # Tests and measurements want the drafts that they name.
+        always = options.get("always_draft", True)
+        settings = Settings(checkpoint=None, draft_source=source, always_draft=always)
         return Plan(settings, _checked_budget(budget), devices.worker_cls())
     _check_structure(model_config)
     target = Target(
@@ -79,7 +81,8 @@ def plan(
             "allow_target_mismatch in --speculative-config to serve with fewer accepted drafts "
             "(the output stays exact)."
         )
-    settings = Settings(checkpoint=str(folder), mismatch=mismatch)
+    always = options.get("always_draft", False)
+    settings = Settings(checkpoint=str(folder), mismatch=mismatch, always_draft=always)
     if budget is None:
         budget = devices.default_budget(config.tree.node_budget)
     return Plan(settings, _checked_budget(budget), devices.worker_cls())
@@ -198,12 +201,12 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ConfigurationError(
                 f"hidden_transfer has no option {key!r} in --speculative-config: {hint}"
             )
-    allow = options.get("allow_target_mismatch", False)
-    if not isinstance(allow, bool):
-        raise ConfigurationError(
-            f"allow_target_mismatch in --speculative-config must be true or false, "
-            f"not {shown(allow)}."
-        )
+    for key in ("allow_target_mismatch", "always_draft"):
+        value = options.get(key, False)
+        if not isinstance(value, bool):
+            raise ConfigurationError(
+                f"{key} in --speculative-config must be true or false, not {shown(value)}."
+            )
 
 
 def _checked_budget(budget: object) -> int:

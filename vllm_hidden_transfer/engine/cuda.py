@@ -28,6 +28,7 @@ class HiddenTransferGPUWorker(Worker):
 
     def _make_model_runner(self) -> GPUModelRunner:
         assert self.use_v2_model_runner  # configuration.py refuses the other
+        assert self.device is not None
         return TreeGPUModelRunner(self.vllm_config, self.device)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:

@@ -24,6 +24,9 @@ class Settings(BaseModel):
         default=None,
         description="why the checkpoint may not fit the target, where the user allowed that",
     )
+    always_draft: bool = Field(
+        default=False, description="draft at every step, also where it makes serving slower"
+    )
     draft_source: str | None = Field(
         default=None,
         description="module:Class of another DraftSource, made with the runner, in place of the "

@@ -110,6 +110,19 @@ class TokenTree:
             None if scores is None else scores[:num_nodes],
         )
 
+    def kept(self, nodes: NDArray[np.bool_]) -> TokenTree:
+        """Some of the nodes, bool [n], each with its parent, in the order that they have."""
+        if nodes.all():
+            return self
+        places = np.concatenate([[ROOT], np.cumsum(nodes) - 1])
+        scores = self.log_probabilities
+        return TokenTree.trusted(
+            self.tokens[nodes],
+            places[self.parents[nodes] + 1],
+            self.depths[nodes],
+            None if scores is None else scores[nodes],
+        )
+
     def path_probabilities(self) -> FloatArray:
         """float64 [n]: of each node's path; where nobody knows, each child counts half of its parent."""
         scores = self.log_probabilities

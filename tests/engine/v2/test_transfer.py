@@ -58,7 +58,7 @@ def run(
 ) -> Drafts:
     """prepared: is given the engine before its first request."""
     prompts = random_prompts(4, vocabulary=VOCABULARY, longest=60)
-    speculative = {"method": "hidden_transfer", "model": str(checkpoint)}
+    speculative = {"method": "hidden_transfer", "model": str(checkpoint), "always_draft": True}
     chunked = {"max_num_batched_tokens": 48, "max_num_seqs": 4}
     with engine(target, speculative_config=speculative, **chunked, **options) as llm:
         prepared(llm)

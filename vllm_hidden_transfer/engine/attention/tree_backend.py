@@ -350,13 +350,13 @@ class TreeImpl:
 
 
 @functools.cache
-def _metadata_class(stock: type) -> type:
+def _metadata_class(stock: Any) -> Any:
     trees = ("trees", TreePass | None, field(default=None))
     return make_dataclass(f"Tree{stock.__name__}", [trees], bases=(stock,))
 
 
 def _with_trees(metadata: Any, trees: TreePass) -> Any:
-    stock = type(metadata)
+    stock: Any = type(metadata)
     values = {one.name: getattr(metadata, one.name) for one in fields(stock)}
     return _metadata_class(stock)(**values, trees=trees)
 

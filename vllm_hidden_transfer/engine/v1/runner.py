@@ -8,8 +8,8 @@ trees. A step in which no request has drafts is a stock step.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -21,7 +21,9 @@ from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.engine.announce import announce
 from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.structure import check_model
+from vllm_hidden_transfer.engine.v1.pace import Pace
 from vllm_hidden_transfer.engine.v1.sampling import verify
+from vllm_hidden_transfer.engine.v1.step import IntArray, Step
 from vllm_hidden_transfer.patches import sampling_parameters, thinking_budgets
 from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs
 
@@ -36,9 +38,6 @@ else:
     GPUModelRunner = object  # a mixin: the device's runner class comes after it
 
 
-IntArray = NDArray[np.int64]
-
-
 class UnusedProposer:
     """What vLLM's ``custom_class`` method loads. The runner drafts itself, because a custom class sees no hidden
     states; nothing calls this one's ``propose``."""
@@ -51,36 +50,6 @@ class UnusedProposer:
         raise RuntimeError("hidden_transfer drafts in its model runner, not here")
 
 
-@dataclass
-class Step:
-    """One verification pass: the trees of the batch's requests and where their rows are."""
-
-    trees: list[TokenTree | None]
-    """Of each request, as far as this pass can verify it; the rows of other nodes are computed and not looked at."""
-    root_rows: IntArray
-    """int64 [requests]: the row of each request's root; the rows of its nodes follow."""
-    root_positions: IntArray
-    """int64 [requests]: its position."""
-    walk: VerificationWalk | None = None
-    attention: CommonAttentionMetadata | None = None
-    """vLLM's own metadata of this pass."""
-
-    @classmethod
-    def empty(cls) -> Step:
-        nothing = np.zeros(0, dtype=np.int64)
-        return cls([], nothing, nothing)
-
-    @property
-    def has_trees(self) -> bool:
-        return any(tree is not None for tree in self.trees)
-
-    def last_rows(self) -> IntArray:
-        """int64 [requests]: the row of the last accepted token, whose logits gave the token just sampled."""
-        if self.walk is None:
-            return self.root_rows
-        return self.root_rows + np.array(self.walk.nodes) + 1
-
-
 class TreeRunner(GPUModelRunner):
     """Mixin for a V1 model runner. A subclass names the attention adapter of its device."""
 
@@ -91,6 +60,9 @@ class TreeRunner(GPUModelRunner):
         self.draft_source = self.make_draft_source()
         self.trees: dict[str, TokenTree] = {}
         self.step = Step.empty()
+        # Ranks that decide each for itself would decide differently and wait for each other for ever.
+        adaptive = not self.settings.always_draft and self.parallel_config.world_size == 1
+        self.pace = Pace(self.num_spec_tokens) if adaptive else None
         self.use_aux_hidden_state_outputs = self.draft_source.transfer_layer is not None
         # Near max_model_len stock puts zeros in place of all drafts; ours are cut by the scheduler instead.
         self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
@@ -106,6 +78,7 @@ class TreeRunner(GPUModelRunner):
             self.model_config.dtype,
             self.attention_name,
             "V1",
+            adaptive=self.pace is not None,
         )
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
@@ -159,8 +132,10 @@ class TreeRunner(GPUModelRunner):
     def _prepare_inputs(
         self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> tuple[torch.Tensor, SpecDecodeMetadata | None, int]:
+        started = time.perf_counter()
         outputs = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         self.step = step = self._plan(scheduler_output, num_scheduled_tokens)
+        step.started = started
         self._set_positions(step)
         self.set_trees(step.trees if step.has_trees else None, step.root_rows)
         return outputs
@@ -185,7 +160,8 @@ class TreeRunner(GPUModelRunner):
             # Trees that an earlier step had no room for are in this pass too, beside those that were fitted since.
             trees = self.fit_to_scratch(trees, first_positions, rows_before)
         root_rows = np.cumsum(num_rows) - num_rows + rows_before - 1
-        return Step(trees, root_rows, first_positions + rows_before - 1)
+        decoding = bool((rows_before == 1).all())
+        return Step(trees, root_rows, first_positions + rows_before - 1, decoding)
 
     def _set_positions(self, step: Step) -> None:
         """Depths in place of vLLM's linear positions, at the rows of all trees."""
@@ -258,9 +234,13 @@ class TreeRunner(GPUModelRunner):
         assert isinstance(sampled_token_ids, list)  # a tensor is for drafters that stay on a GPU
         requests = [request for request, tokens in enumerate(sampled_token_ids) if tokens]
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        lengths = self.input_batch.num_tokens_no_spec
+        if self.pace is not None:
+            ids = self.input_batch.req_ids
+            self.pace.observe(self.step, ids)
+            requests = self.pace.choose(requests, ids, lengths)
         if not requests:
             return drafts
-        lengths = self.input_batch.num_tokens_no_spec
         hidden = None
         if aux_hidden_states is not None:
             hidden = aux_hidden_states[0][torch.from_numpy(self.step.last_rows()[requests])]
@@ -274,6 +254,8 @@ class TreeRunner(GPUModelRunner):
             budget=min(self.num_spec_tokens, scheduler_output.num_spec_tokens_to_schedule),
         )
         proposed = self.draft_source.propose(batch)
+        if self.pace is not None:
+            proposed = self.pace.cut(batch, proposed)
         trees = self.fit_to_scratch(
             [
                 self._for_request(request_id, tree)
@@ -317,4 +299,6 @@ class TreeRunner(GPUModelRunner):
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         self.trees.pop(req_id, None)
+        if self.pace is not None:
+            self.pace.forget(req_id)
         super()._on_request_state_removed(req_id, req_state)

@@ -26,14 +26,13 @@ class DeviceTrees(TreeRunnerV2):
     """Tree attention, compaction and draft rows on the device."""
 
     attention_name = "tree attention in Triton"
+    exact = bool(envs.VLLM_BATCH_INVARIANT)
+    """Rows get the bits that they would have without speculation, at a cost."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self._tree_rows = TreeRows.empty(
-            self.max_num_reqs,
-            self.num_speculative_steps + 1,
-            device,
-            exact=envs.VLLM_BATCH_INVARIANT,
+            self.max_num_reqs, self.num_speculative_steps + 1, device, exact=self.exact
         )
         steps = self.draft_source.draft_rows
         if steps:

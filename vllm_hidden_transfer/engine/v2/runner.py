@@ -70,6 +70,7 @@ class TreeRunnerV2(GPUModelRunner):
             self.model_config.dtype,
             self.attention_name,
             "V2",
+            adaptive=False,
         )
 
     # What a device adapter gives.

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ratio of throughput to no speculation by the number of requests at a time, with the budget and without it.
+
+    python -m benchmarks.concurrency --requests 1 --requests 8 --pairs 10
+
+Three engines stand side by side on the demo target: no speculation, ours as it comes, and ours with ``always_draft``.
+They take turns on the same prompts, one computing while the others are idle, in another order each time. A round gives
+the ratio of output tokens a second; rounds give geometric means with 95% intervals. Rounds that were done are written
+at once, so that Ctrl-C loses nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from vllm_hidden_transfer.bench.demo import read_questions
+from vllm_hidden_transfer.bench.engine_process import EngineProcess, acceptance_length
+from vllm_hidden_transfer.machine import this_commit, this_machine
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "examples" / "smollm2-135m"
+OFF, BUDGET, ALWAYS = "no speculation", "with the budget", "drafting always"
+WARM_UP_TOKENS = 96
+"""The budget learns what passes cost in its first seconds."""
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean and the ends of its 95% interval (Student's t on logarithms)."""
+    logs = np.log(ratios)
+    middle = float(logs.mean())
+    if len(logs) < 2:
+        return math.exp(middle), math.nan, math.nan
+    spread = float(stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs))
+    return math.exp(middle), math.exp(middle - spread), math.exp(middle + spread)
+
+
+def engines(stack: ExitStack, folder: Path, *, eager: bool, most: int) -> dict[str, EngineProcess]:
+    common: dict[str, Any] = {
+        "model": str(TARGET),
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 512 << 20,
+        "max_model_len": 2048,
+        "max_num_seqs": most,
+        "block_size": 32,
+        "enforce_eager": eager,
+    }
+    ours = {"method": "hidden_transfer", "model": str(TARGET / "hidden_transfer")}
+    sides = {
+        OFF: common,
+        BUDGET: {**common, "speculative_config": ours},
+        ALWAYS: {**common, "speculative_config": {**ours, "always_draft": True}},
+    }
+    made = {
+        name: stack.enter_context(
+            EngineProcess(name, options, folder / f"{name}.log", {"OMP_NUM_THREADS": "2"})
+        )
+        for name, options in sides.items()
+    }
+    for engine in made.values():
+        engine.wait_ready(1200)
+    return made
+
+
+def main(
+    requests: Annotated[list[int], typer.Option(help="requests at a time; several times", min=1)],
+    pairs: Annotated[int, typer.Option(help="rounds of each", min=1)] = 10,
+    tokens: Annotated[int, typer.Option(help="tokens of an answer", min=2)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    eager: Annotated[bool, typer.Option(help="do not compile")] = False,
+    output: Annotated[Path, typer.Option(help="raw figures")] = ROOT / "work" / "concurrency",
+) -> None:
+    """Measure and print a table."""
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    questions = [one.prompt for one in read_questions(ROOT / "examples" / "prompts" / "demo.jsonl")]
+    sampling = {"temperature": temperature, "max_tokens": tokens, "ignore_eos": True, "seed": 1}
+    table = Table(title=f"{this_machine()}, commit {this_commit()}, T = {temperature:g}")
+    for column in ("requests", "side", "ratio", "95%", "tokens a pass"):
+        table.add_column(column)
+    with ExitStack() as stack:
+        sides = engines(stack, output, eager=eager, most=max(requests))
+        for count in requests:
+            prompts = itertools.cycle(questions)
+            warm_up = {**sampling, "max_tokens": WARM_UP_TOKENS}
+            batch = [[{"role": "user", "content": next(prompts)}] for _ in range(count)]
+            for engine in sides.values():
+                engine.generate(batch, warm_up)
+            rates: dict[str, list[float]] = {name: [] for name in sides}
+            lengths: dict[str, list[float]] = {name: [] for name in sides}
+            for round_ in range(pairs):
+                batch = [[{"role": "user", "content": next(prompts)}] for _ in range(count)]
+                order = list(sides)
+                for name in order[round_ % 3 :] + order[: round_ % 3]:
+                    started = time.perf_counter()
+                    answers = sides[name].generate(batch, sampling)
+                    seconds = time.perf_counter() - started
+                    rates[name].append(sum(len(one.token_ids) for one in answers) / seconds)
+                    lengths[name].append(acceptance_length(answers))
+                with (output / "rounds.jsonl").open("a") as file:
+                    last = {name: each[-1] for name, each in rates.items()}
+                    file.write(json.dumps({"requests": count, "tokens_per_s": last}) + "\n")
+            for name in (BUDGET, ALWAYS):
+                ratios = [a / b for a, b in zip(rates[name], rates[OFF], strict=True)]
+                middle, low, high = interval(ratios)
+                mean = float(np.mean(lengths[name]))
+                table.add_row(
+                    str(count), name, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{mean:.2f}"
+                )
+            console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
