@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from common import INTERPRETED, Output, Row, need_gpu, parser
 
 CASES = 200
-QUICK_CASES = 6
+QUICK_CASES = 3
 CASE_SECONDS, COMPILE_SECONDS, TIME_SECONDS = 70, 60, 80
 
 

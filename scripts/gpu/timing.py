@@ -23,18 +23,13 @@ def launch_us(launches: Sequence[Callable[[], object]], rounds: int = 7) -> floa
             launch()
 
     if not torch.cuda.is_available():
-        return 1e3 * synchronised_ms(once, rounds) / len(launches)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        once()  # compiles what is not compiled yet
+        return 1e3 * synchronised_ms(once, rounds=1) / len(launches)  # means nothing, so be quick
+    once()  # compiles what is not compiled yet, which a capture does not allow
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         once()
-    events = [
-        [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-        for _ in range(rounds + 1)
-    ]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds + 1)]
     for start, end in events:
         start.record()
         graph.replay()

@@ -107,7 +107,7 @@ def test_parts_are_parked(tmp_path: Path) -> None:
 def test_kernels_under_the_interpreter(tmp_path: Path) -> None:
     found = answer(KIT / "call1_kernels.py", "--quick", OUT=str(tmp_path), TRITON_INTERPRET="1")
     assert found.returncode == 0, found.stderr
-    assert "random cases: 6 right, 0 wrong, of 6" in found.stdout
+    assert "random cases: 3 right, 0 wrong, of 3" in found.stdout
     assert "FAILED" not in found.stdout
     assert "best / floor" in found.stdout
     names = {path.name for path in tmp_path.iterdir()}
