@@ -16,7 +16,7 @@ from common import INTERPRETED, Output, Row, need_gpu, parser
 
 CASES = 200
 QUICK_CASES = 3
-CASE_SECONDS, COMPILE_SECONDS, TIME_SECONDS = 70, 60, 80
+CASE_SECONDS, CHECK_SECONDS, COMPILE_SECONDS, TIME_SECONDS = 60, 40, 50, 80
 
 
 def run_cases(
@@ -80,7 +80,7 @@ def main() -> None:
         for share in range(workers):
             seeds = list(range(share, wanted, workers))
             pool.submit(run_cases, output, device, seeds, CASE_SECONDS, env)
-    output.child("checks", ["kernel_child.py", "checks", device], CASE_SECONDS, env)
+    output.child("checks", ["kernel_child.py", "checks", device], CHECK_SECONDS, env)
     report_cases(output, wanted)
     output.say(f"after {output.seconds():.0f} s")
     if not quick:

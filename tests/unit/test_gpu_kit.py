@@ -43,11 +43,15 @@ def test_the_page_names_files_that_exist() -> None:
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
-def test_commands_fit_the_device_tool() -> None:
+def test_calls_end_before_the_device_tool_ends_them() -> None:
     page = (KIT / "README.md").read_text()
-    limits = [int(found) for found in re.findall(r"^\| \d \| \d+ \| (\d+) \|", page, re.MULTILINE)]
-    assert len(limits) == len(CALLS)
-    assert max(limits) <= 600
+    rows = re.findall(r"^\| (\d) \| (\d+) \| (\d+) \|.*`(.*)` \|$", page, re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == list(range(1, 8))
+    for (_, expected, limit, command), path in zip(rows, CALLS, strict=True):
+        assert int(expected) < int(limit) <= 600
+        assert f"scripts/gpu/{path.name}" in command
+        own = re.search(r"^LIMIT = (\d+)$", path.read_text(), re.MULTILINE)
+        assert own is None or int(own[1]) + 10 <= int(limit)
 
 
 def test_parts_come_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
