@@ -106,6 +106,7 @@ def roomy(kept: float = 1.0) -> World:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, 4, 32])
 @pytest.mark.parametrize("kept", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("world", [small_cpu, roomy])
@@ -116,6 +117,7 @@ def test_never_slower_than_off(world: Callable[..., World], kept: float, request
     assert ratio > 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requests", [1, 8])
 @pytest.mark.parametrize("world", [small_cpu, roomy])
 def test_as_fast_as_the_best_fixed_budget(world: Callable[..., World], requests: int) -> None:

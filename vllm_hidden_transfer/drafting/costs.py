@@ -89,7 +89,9 @@ class PassCosts:
         if self._fit is None:
             self._fit = self._fitted()
         times, each_read = self._fit
-        found: FloatArray = np.interp(np.asarray(rows, dtype=np.float64), KNOTS, times) + each_read * np.asarray(reads)
+        found: FloatArray = np.interp(
+            np.asarray(rows, dtype=np.float64), KNOTS, times
+        ) + each_read * np.asarray(reads)
         return found
 
     def _fitted(self) -> tuple[FloatArray, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.engine.v2 import VOCABULARY, test_identity
-from tests.engine.v2.test_identity import BOTH_SCHEDULERS, CHUNKED, Found, sampled
+from tests.engine.v2.test_identity import CHUNKED, Found, sampled
 from tests.support.engines import Texts, engine, generate, planted_options, random_prompts
 from tests.support.under_v2 import under_v2
 
@@ -40,8 +40,15 @@ def compare_planted(target: Path, answers: Path, asynchronous: bool, nodes: int)
         ]
 
 
-@pytest.mark.parametrize("nodes", [7, 15])
-@BOTH_SCHEDULERS
+@pytest.mark.parametrize(
+    ("scheduler", "nodes"),
+    [
+        ("async", 7),
+        ("sync", 15),
+        pytest.param("async", 15, marks=pytest.mark.matrix),
+        pytest.param("sync", 7, marks=pytest.mark.matrix),
+    ],
+)
 @pytest.mark.scope("gpu", "planted-{scheduler}-{nodes}")
 def test_planted_trees(
     scheduler: str, nodes: int, tiny_target: Path, tmp_path: Path, record_property: Any

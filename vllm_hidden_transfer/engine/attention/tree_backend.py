@@ -260,6 +260,13 @@ class TreeBuilder:
         )
 
 
+def _half_tile() -> int | None:
+    """Keys of a tile in half precision, None for the launcher's own number: from what the compiler spilled
+    (``tests/support/aot.py``), where 64 do not fit the registers of sm_80, 89 and 120."""
+    capability = current_platform.get_device_capability()
+    return None if capability is None or capability.major in (9, 10) else 32
+
+
 class TreeImpl:
     """Mixin of a backend's attention."""
 
@@ -277,6 +284,7 @@ class TreeImpl:
             raise ValueError(
                 "hidden_transfer's tree attention on GPUs serves decoders without ALiBi: serve this model without it"
             )
+        self._half_tile = _half_tile()
         # Stock hands over queries in fp8 where its kernel wants them; ours does not.
         self.supports_quant_query_input = False
 
@@ -346,6 +354,7 @@ class TreeImpl:
             v_scale=layer._v_scale,
             sinks=self.sinks,
             own=(key, value) if rows.dense else None,
+            tile=None if query.dtype == torch.float32 else self._half_tile,
         )
 
 
