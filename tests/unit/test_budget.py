@@ -50,7 +50,7 @@ class World:
         for _ in range(steps):
             rows = requests + sum(len(each) for each in waiting.values())
             took = self._timed(self.step(rows))
-            if waiting and budget.steps.known:
+            if rows > requests and budget.steps.seen(rows) > 3:
                 self.errors.append(
                     float(budget.steps.predict(rows, 200 * requests)) / self.step(rows) - 1
                 )
@@ -142,7 +142,7 @@ def test_one_budget_follows_the_load() -> None:
         world = small_cpu(seed=requests)
         ratio = world.run(budget, requests, 400) / world.plain(requests)
         print(f"{requests} requests: {ratio:.2f}")
-        assert ratio > (1.2 if requests == 1 else 0.95)
+        assert ratio > (1.2 if requests == 1 else 0.94)  # 400 steps each, first looks included
 
 
 def test_it_notices_when_drafts_become_good() -> None:
@@ -208,3 +208,13 @@ def test_reads_cost_what_they_cost() -> None:
     for rows, reads in ((1, 100), (16, 20_000), (60, 40_000)):
         true = 0.01 + 0.0003 * rows + 1e-6 * reads
         assert float(costs.predict(rows, reads)) == pytest.approx(true, rel=0.1)
+
+
+def test_rows_are_not_taken_for_reads() -> None:
+    """A few passes of one request and of four, whose contexts differ as their numbers do: a case that was met."""
+    costs, rng = PassCosts(), np.random.default_rng(1)
+    for requests in (1, 4):
+        for step in range(5):
+            noise = float(rng.uniform(0.95, 1.05))
+            costs.observe(requests, requests * (45 + step), (0.08 + 0.002 * requests) * noise)
+    assert float(costs.predict(4, 4 * 90)) == pytest.approx(0.088, rel=0.08)

@@ -11,9 +11,10 @@ path. So
 - behind it, when D is spent, nodes of all trees are taken in order of probability while E(N) - rate * T(b + N) rises,
   where the rate is the one that the pass was run for.
 
-T and D are learned from the passes (``costs``). Probabilities are those of the drafts, times what was accepted over
-what they had promised lately, for the request and, as far as it has not shown much itself, for all of them. No
-threshold is set by hand; what is set by hand is how much is spent on looking:
+T and D are learned from the passes (``costs``), T of steps with trees and of steps without apart, because those are
+stock's. Probabilities are those of the drafts, times what was accepted over what they had promised lately, for the
+request and, as far as it has not shown much itself, for all of them. No threshold on the load is set by hand; what is
+set by hand is what has to be gained at least, and how much is spent on looking:
 
 - a number of requests is not drafted for before it was seen without drafts ``SEEN_FIRST`` times, and is seen again
   without them once in ``LOOK_EVERY`` steps, because T(b) is what everything is compared with;
@@ -32,14 +33,17 @@ from numpy.typing import NDArray
 
 from vllm_hidden_transfer.drafting.costs import PassCosts
 
-SEEN_FIRST = 3
-LOOK_EVERY = 128
+SEEN_FIRST = 4
+LOOK_EVERY = 32
 TRY_SHARE = 0.005
 FIRST_TRIES = 4.0
 """Steps without drafts whose time drafting may owe."""
 STEP_UP = 4
-CLEARLY = 1.02
-"""What is gained must be more than the model of costs is off by."""
+HINT = 0.05
+"""Weight of a step without trees in the costs of steps with trees."""
+CLEARLY = 1.1
+"""What is gained must be more than the model of costs is off by. Drafts also make a batch's requests end at different
+times, which costs a little where no others take their places."""
 MEMORY = 0.9
 """Of promises and of what was kept of them, from one verified tree to the next."""
 FADING = 0.99
@@ -100,8 +104,10 @@ class Budget:
     """
 
     max_nodes: int
+    plain: PassCosts = field(default_factory=PassCosts)
+    """T of steps without trees, by requests."""
     steps: PassCosts = field(default_factory=PassCosts)
-    """T, by rows."""
+    """T of steps with trees, by rows; those without are a hint, where little else is known."""
     passes: PassCosts = field(default_factory=PassCosts)
     """D, by requests."""
     skipped_passes: int = 0
@@ -144,8 +150,10 @@ class Budget:
         """
         self._learn_acceptance(trees)
         rows = requests + sum(len(tree.probabilities) for tree in trees)
-        self.steps.observe(rows, reads + more_reads, seconds)
-        step = float(self.steps.predict(requests, reads))
+        self.steps.observe(rows, reads + more_reads, seconds, 1.0 if rows > requests else HINT)
+        if rows == requests:
+            self.plain.observe(rows, reads, seconds)
+        step = float(self.plain.predict(requests, reads)) or seconds
         self._owed -= TRY_SHARE * seconds / step
         if self._pass_seconds:
             accepted = sum(tree.accepted for tree in trees)
@@ -183,7 +191,7 @@ class Budget:
         """
         requests = len(request_ids)
         nobody = Choice((), 0.0)
-        if self.steps.seen(requests) < SEEN_FIRST:
+        if self.plain.seen(requests) < SEEN_FIRST:
             return nobody  # T(b) first
         if self._profile is None:
             return Choice((0,), 0.0)
@@ -202,7 +210,7 @@ class Budget:
         rates = (requests + gained) / (seconds + drafting)
         rates[requests + nodes > max(STEP_UP * self.steps.most_known(), requests + 1)] = 0.0
         best, count = np.unravel_index(int(rates.argmax()), rates.shape)
-        step = float(self.steps.predict(requests, reads))
+        step = float(self.plain.predict(requests, reads))
         drafted = Choice(tuple(sorted(order[: sizes[best]].tolist())), float(rates[best, count]))
         given = requests + float(gained[best, count])
         loss = given / drafted.rate / step - given / requests

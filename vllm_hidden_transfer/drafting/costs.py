@@ -30,6 +30,8 @@ STIFFNESS = 0.02
 """Weight on a change of slope, beside 1 for a measured pass, both relative to its time."""
 FLATNESS = 1e-4
 """Weight on slopes themselves, which decides only where nothing else does."""
+READING = 0.01
+"""Weight on the price of reading, which short contexts do not show."""
 
 FloatArray = NDArray[np.float64]
 
@@ -44,6 +46,7 @@ class _Pass(NamedTuple):
     rows: float
     reads: float
     seconds: float
+    weight: float
 
 
 class PassCosts:
@@ -54,17 +57,18 @@ class PassCosts:
         self._count = 0
         self._fit: tuple[FloatArray, float] | None = None
 
-    def observe(self, rows: int, reads: int, seconds: float) -> None:
+    def observe(self, rows: int, reads: int, seconds: float, weight: float = 1.0) -> None:
         """A pass that was measured.
 
         Args:
             rows: of all requests together.
             reads: tokens of context that its attention read, each as often as it was read.
             seconds: how long it took.
+            weight: of this pass beside others.
         """
         self._count += 1
         passes = self._passes[size_of(rows)]
-        passes.append(_Pass(self._count, float(rows), float(reads), seconds))
+        passes.append(_Pass(self._count, float(rows), float(reads), seconds, weight))
         if len(passes) < REFIT or self._count % REFIT == 0:
             self._fit = None
 
@@ -103,8 +107,13 @@ class PassCosts:
         weights = trust**0.5 * unit / seconds
         measured = np.column_stack([_hats(rows), reads / reads_unit]) * weights[:, None]
         normal = measured.T @ measured + _PRIOR
-        solution = np.linalg.solve(normal, measured.T @ (weights * seconds / unit)) * unit
-        return np.maximum.accumulate(solution[:-1]), max(float(solution[-1]), 0.0) / reads_unit
+        right = measured.T @ (weights * seconds / unit)
+        solution = np.linalg.solve(normal, right) * unit
+        if solution[-1] < 0 or (np.diff(solution[:-1]) < 0).any():
+            # More rows seemed to cost less: what they cost was taken for the price of reading.
+            solution[:-1] = np.linalg.solve(normal[:-1, :-1], right[:-1]) * unit
+            solution[-1] = 0.0
+        return np.maximum.accumulate(solution[:-1]), float(solution[-1]) / reads_unit
 
     def _undisturbed(self) -> list[tuple[float, float, float, float]]:
         """Rows, reads, seconds and trust of the passes that count."""
@@ -116,7 +125,9 @@ class PassCosts:
             limit = 2 * float(np.quantile([one.seconds for one in passes], 0.25))
             trust = (0.0, *TRUST, 1.0)[min(len(passes), 3)]
             found += [
-                (one.rows, one.reads, one.seconds, trust) for one in passes if one.seconds <= limit
+                (one.rows, one.reads, one.seconds, trust * one.weight)
+                for one in passes
+                if one.seconds <= limit
             ]
         return found
 
@@ -137,7 +148,7 @@ def _prior() -> FloatArray:
     bends, flat = np.diff(slopes, axis=0) * KNOTS[1:-1, None], slopes * KNOTS[:-1, None]
     found = np.zeros((len(KNOTS) + 1, len(KNOTS) + 1))
     found[:-1, :-1] = STIFFNESS * bends.T @ bends + FLATNESS * flat.T @ flat
-    found[-1, -1] = FLATNESS
+    found[-1, -1] = READING
     return found
 
 

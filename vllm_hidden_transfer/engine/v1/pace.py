@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The budget (``drafting.budget``) on the V1 runner's steps: what it is told of them, and what it decides.
 
-A step is timed from the preparation of its inputs until its tokens are known, a draft pass from then until its trees
-are built. Steps with a prompt in them are not told: what they cost says nothing of decoding.
+A step is timed from the end of the one before, scheduling included, until its tokens are known, and a draft pass from
+then until its trees are there. Steps with a prompt in them are not told: what they cost says nothing of decoding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Pace:
         self.budget = Budget(max_nodes)
         self._choice = Choice((), 0.0)
         self._requests = self._reads = 0
-        self._pass_started = 0.0
+        self._pass_started = self._ended = 0.0
+        self._drafting = (0, 0)
 
     def observe(self, step: Step, request_ids: Sequence[str]) -> None:
         """A step has its tokens; its requests stand in the order of the batch."""
@@ -57,6 +58,9 @@ class Pace:
             self.budget.observe_mixed_step(trees)
             return
         seconds = time.perf_counter() - step.started
+        between = step.started - self._ended
+        if between < seconds:  # longer, and nobody had asked for anything
+            seconds += between
         self.budget.observe_step(len(lengths), sum(lengths), seconds, trees, more_reads)
 
     def choose(
@@ -77,12 +81,19 @@ class Pace:
     def cut(self, batch: DraftBatch, trees: Sequence[TokenTree]) -> list[TokenTree]:
         """The nodes to verify of what was drafted for a batch."""
         reads = sum(len(tokens) for tokens in batch.token_ids)
-        seconds = time.perf_counter() - self._pass_started
-        self.budget.observe_pass(len(batch.request_ids), reads, seconds)
+        self._drafting = (len(batch.request_ids), reads)
         probabilities = [tree.path_probabilities() for tree in trees]
         named = list(zip(batch.request_ids, probabilities, strict=True))
         kept = self.budget.cut(self._choice, self._requests, self._reads, named)
         return [tree.kept(nodes) for tree, nodes in zip(trees, kept, strict=True)]
+
+    def end(self) -> None:
+        """The step's drafts are there, if it has any."""
+        self._ended = time.perf_counter()
+        requests, reads = self._drafting
+        if requests:
+            self.budget.observe_pass(requests, reads, self._ended - self._pass_started)
+        self._drafting = (0, 0)
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""

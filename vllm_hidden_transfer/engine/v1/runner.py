@@ -239,6 +239,8 @@ class TreeRunner(GPUModelRunner):
             ids = self.input_batch.req_ids
             self.pace.observe(self.step, ids)
             requests = self.pace.choose(requests, ids, lengths)
+            if not requests:
+                self.pace.end()
         if not requests:
             return drafts
         hidden = None
@@ -268,6 +270,8 @@ class TreeRunner(GPUModelRunner):
             assert tree is not None
             self.trees[request_id] = tree
             drafts[request] = tree.tokens.tolist()
+        if self.pace is not None:
+            self.pace.end()
         return drafts
 
     def map_adapters(self, batch_rows: NDArray[np.int64], rows_each: int) -> None:
