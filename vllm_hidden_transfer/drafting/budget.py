@@ -19,7 +19,8 @@ set by hand is what has to be gained at least, and how much is spent on looking:
 - a number of requests is not drafted for before it was seen without drafts ``SEEN_FIRST`` times, and is seen again
   without them once in ``LOOK_EVERY`` steps, because T(b) is what everything is compared with;
 - what drafting loses is kept account of, whatever was predicted: it may owe ``FIRST_TRIES`` steps without drafts, and
-  owes ``TRY_SHARE`` of the time less as time goes by. So where nothing pays it is tried again, but seldom;
+  owes ``TRY_SHARE`` of the time less as time goes by. Where nothing seems to pay it is tried again if that is owed,
+  and not oftener than once in ``LOOK_EVERY`` steps;
 - the first pass is for one request, and a step has at most ``STEP_UP`` times the rows of one whose cost is known.
 """
 
@@ -119,6 +120,7 @@ class Budget:
         self._profile: FloatArray | None = None
         self._runs_per_node = 0.5
         self._since_look = 0
+        self._since_try = LOOK_EVERY
         self._owed = 0.0  # in steps without drafts
         self._pass_seconds = 0.0
         counts = np.unique(np.round(np.geomspace(1, self.max_nodes, 12)).astype(np.int64))
@@ -215,9 +217,12 @@ class Budget:
         given = requests + float(gained[best, count])
         loss = given / drafted.rate / step - given / requests
         pays = drafted.rate > CLEARLY * requests / step
-        if self._owed + (0.0 if pays else loss) > FIRST_TRIES:
+        self._since_try += 1
+        too_soon = not pays and self._since_try < LOOK_EVERY
+        if too_soon or self._owed + (0.0 if pays else loss) > FIRST_TRIES:
             self.skipped_passes += 1
             return nobody
+        self._since_try = 0
         self._since_look += 1
         if self._since_look >= LOOK_EVERY:
             self._since_look = 0

@@ -5,7 +5,8 @@ The time of a pass is modelled as f(rows) + c * reads, where f is linear between
 tokens of context that its attention reads. It is the least-squares fit to the latest passes of each size, with a small
 weight on every change of slope: where nothing was measured the nearest slope goes on, and where only one size was
 measured there is none. Whatever disturbs a pass makes it slower, so one that took twice the quicker ones of its size
-says nothing, and one or two of a size alone say little. What was measured long ago is forgotten: the load has changed.
+says nothing, nor one of many that took clearly longer than the fit has it, and one or two of a size alone say little.
+What was measured long ago is forgotten: the load has changed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ STIFFNESS = 0.02
 """Weight on a change of slope, beside 1 for a measured pass, both relative to its time."""
 FLATNESS = 1e-4
 """Weight on slopes themselves, which decides only where nothing else does."""
+CLEARLY_LONGER = 1.2
 READING = 0.01
 """Weight on the price of reading, which short contexts do not show."""
 
@@ -100,23 +102,14 @@ class PassCosts:
 
     def _fitted(self) -> tuple[FloatArray, float]:
         """Seconds at the knots, and of one token read."""
-        rows, reads, seconds, trust = np.array(self._undisturbed()).T
-        # Relative errors: a long pass may be as far off as a short one, in parts of itself.
-        unit = float(np.median(seconds))
-        reads_unit = max(float(reads.max()), 1.0)
-        weights = trust**0.5 * unit / seconds
-        measured = np.column_stack([_hats(rows), reads / reads_unit]) * weights[:, None]
-        normal = measured.T @ measured + _PRIOR
-        right = measured.T @ (weights * seconds / unit)
-        solution = np.linalg.solve(normal, right) * unit
-        if solution[-1] < 0 or (np.diff(solution[:-1]) < 0).any():
-            # More rows seemed to cost less: what they cost was taken for the price of reading.
-            solution[:-1] = np.linalg.solve(normal[:-1, :-1], right[:-1]) * unit
-            solution[-1] = 0.0
-        return np.maximum.accumulate(solution[:-1]), float(solution[-1]) / reads_unit
+        passes = np.array(self._undisturbed())
+        times, each_read = _fit_to(passes)
+        rows, reads, seconds, *_, many = passes.T
+        longer = seconds > CLEARLY_LONGER * (np.interp(rows, KNOTS, times) + each_read * reads)
+        return _fit_to(passes[~longer | (many == 0)])
 
-    def _undisturbed(self) -> list[tuple[float, float, float, float]]:
-        """Rows, reads, seconds and trust of the passes that count."""
+    def _undisturbed(self) -> list[tuple[float, float, float, float, bool]]:
+        """Rows, reads, seconds and trust of the passes that count, and whether there are many of their size."""
         found = []
         for passes in self._passes:
             while passes and passes[0].number <= self._count - FRESH:
@@ -125,11 +118,29 @@ class PassCosts:
             limit = 2 * float(np.quantile([one.seconds for one in passes], 0.25))
             trust = (0.0, *TRUST, 1.0)[min(len(passes), 3)]
             found += [
-                (one.rows, one.reads, one.seconds, trust * one.weight)
+                (one.rows, one.reads, one.seconds, trust * one.weight, len(passes) >= REFIT)
                 for one in passes
                 if one.seconds <= limit
             ]
         return found
+
+
+def _fit_to(passes: FloatArray) -> tuple[FloatArray, float]:
+    """Seconds at the knots, and of one token read; of passes [n, (rows, reads, seconds, trust, ...)]."""
+    rows, reads, seconds, trust, *_ = passes.T
+    # Relative errors: a long pass may be as far off as a short one, in parts of itself.
+    unit = float(np.median(seconds))
+    reads_unit = max(float(reads.max()), 1.0)
+    weights = trust**0.5 * unit / seconds
+    measured = np.column_stack([_hats(rows), reads / reads_unit]) * weights[:, None]
+    normal = measured.T @ measured + _PRIOR
+    right = measured.T @ (weights * seconds / unit)
+    solution = np.linalg.solve(normal, right) * unit
+    if solution[-1] < 0 or (np.diff(solution[:-1]) < 0).any():
+        # More rows seemed to cost less: what they cost was taken for the price of reading.
+        solution[:-1] = np.linalg.solve(normal[:-1, :-1], right[:-1]) * unit
+        solution[-1] = 0.0
+    return np.maximum.accumulate(solution[:-1]), float(solution[-1]) / reads_unit
 
 
 def _hats(rows: FloatArray) -> FloatArray:
