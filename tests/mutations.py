@@ -118,7 +118,7 @@ MUTATIONS = (
     ),
     Mutation(
         "hidden state of the wrong row",
-        "engine/v1/runner.py",
+        "engine/v1/step.py",
         (("np.array(self.walk.nodes) + 1", "np.array(self.walk.nodes)"),),
         DRAFTS,
     ),
@@ -277,7 +277,7 @@ MUTATIONS = (
     Mutation(
         "drafts where they do not pay",
         "drafting/budget.py",
-        (("if self._owed + (0.0 if pays else loss) > FIRST_TRIES:", "if False:"),),
+        (("if too_soon or self._owed + (0.0 if pays else loss) > FIRST_TRIES:", "if False:"),),
         BUDGET,
     ),
     Mutation(

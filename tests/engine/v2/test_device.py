@@ -76,8 +76,8 @@ class Replayed:
     replays: int
 
 
-def compare_replayed(target: Path, answers: Path, checkpoint: Path | None, stale: bool) -> Replayed:
-    """Uniform decode steps, and draft passes if there is a checkpoint, as (fake) captured graphs.
+def compare_replayed(target: Path, answers: Path, stale: bool) -> Replayed:
+    """Uniform decode steps as (fake) captured graphs.
 
     stale: plant the error that this is for, ancestor words in tensors that are new every step.
     """
