@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_hidden_transfer.drafting.source import DraftBatch
+from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.tree import ROOT, TokenTree, most_probable_paths
 
 ANSWERS_VARIABLE = "VLLM_HIDDEN_TRANSFER_PLANTED_ANSWERS"
@@ -60,10 +60,9 @@ class Answers:
         return []
 
 
-class PlantedSource:
+class PlantedSource(DraftSource):
     """Random trees with the continuation somewhere among junk, different for every request and step."""
 
-    transfer_layer: int | None = None
     max_path = 6
     limit: int | None = None
     """Nodes at most, below the budget; a test sets it on the class."""
@@ -102,11 +101,10 @@ class FewerNodesSource(PlantedSource):
         return int(rng.integers(0, budget + 1))
 
 
-class GuessingSource:
+class GuessingSource(DraftSource):
     """Trees over a small vocabulary that know nothing: for statistics, where drafts must not look at the target's
     random numbers. Siblings repeat, some trees are chains, some are full-width."""
 
-    transfer_layer: int | None = None
     vocabulary = 8
 
     def __init__(self, runner: object) -> None:

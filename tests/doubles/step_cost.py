@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.doubles.planted import Answers, Shape, planted_tree
-from vllm_hidden_transfer.drafting.source import DraftBatch
+from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Control:
         self.answers.load()
 
 
-class StepCostSource:
+class StepCostSource(DraftSource):
     """Plants what the script asks for; on request runs a real draft pass first, times it and throws it away."""
 
     def __init__(self, runner: TreeCPUModelRunner) -> None:

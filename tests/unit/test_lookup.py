@@ -32,7 +32,8 @@ def newest_longest(context: list[int]) -> tuple[int, list[int]]:
     for length in range(min(LONGEST_MATCH, len(context) - 1), 0, -1):
         for end in range(len(context) - 1, length - 1, -1):
             if context[end - length : end] == context[-length:]:
-                return length, context[end : end + DEEPEST_COPY]
+                looped = context[end:] * DEEPEST_COPY
+                return length, looped[:DEEPEST_COPY]
     return 0, []
 
 

@@ -11,6 +11,9 @@ path. So
 - behind it, when D is spent, nodes of all trees are taken in order of probability while E(N) - rate * T(b + N) rises,
   where the rate is the one that the pass was run for.
 
+Where drafts are looked up and no pass is needed, they are made at every step and only the second question is asked,
+with the largest (b + E(N)) / T(b + N) of these very nodes for the rate; if that is not above b / T(b), none is taken.
+
 T and D are learned from the passes (``costs``), T of steps with trees and of steps without apart, because those are
 stock's. Probabilities are those of the drafts, times what was accepted over what they had promised lately, for the
 request and, as far as it has not shown much itself, for all of them. No threshold on the load is set by hand; what is
@@ -102,9 +105,11 @@ class Budget:
 
     Args:
         max_nodes: of a tree.
+        free: whether drafts are looked up, without a pass.
     """
 
     max_nodes: int
+    free: bool = False
     plain: PassCosts = field(default_factory=PassCosts)
     """T of steps without trees, by requests."""
     steps: PassCosts = field(default_factory=PassCosts)
@@ -159,7 +164,9 @@ class Budget:
         self._owed -= TRY_SHARE * seconds / step
         if self._pass_seconds:
             accepted = sum(tree.accepted for tree in trees)
-            took = min(seconds, 2 * float(self.steps.predict(rows, reads + more_reads)))
+            took = step  # where nothing was verified, only the drafts were in vain
+            if rows > requests:
+                took = min(seconds, 2 * float(self.steps.predict(rows, reads + more_reads)))
             took += min(self._pass_seconds, 2 * float(self.passes.predict(len(trees) or 1, reads)))
             self._owed += took / step - (requests + accepted) / requests
         self._owed = max(self._owed, -FIRST_TRIES)
@@ -195,6 +202,8 @@ class Budget:
         nobody = Choice((), 0.0)
         if self.plain.seen(requests) < SEEN_FIRST:
             return nobody  # T(b) first
+        if self.free:
+            return self._choose_freely(requests)
         if self._profile is None:
             return Choice((0,), 0.0)
         kept = np.array([self._kept(request_id) for request_id in request_ids])
@@ -210,7 +219,7 @@ class Budget:
         seconds = self.steps.predict(requests + nodes, reads + more_reads)
         drafting = self.passes.predict(sizes, np.cumsum(lengths[order])[sizes - 1])[:, None]
         rates = (requests + gained) / (seconds + drafting)
-        rates[requests + nodes > max(STEP_UP * self.steps.most_known(), requests + 1)] = 0.0
+        rates[requests + nodes > self._most_rows(requests)] = 0.0
         best, count = np.unravel_index(int(rates.argmax()), rates.shape)
         step = float(self.plain.predict(requests, reads))
         drafted = Choice(tuple(sorted(order[: sizes[best]].tolist())), float(rates[best, count]))
@@ -223,11 +232,23 @@ class Budget:
             self.skipped_passes += 1
             return nobody
         self._since_try = 0
-        self._since_look += 1
-        if self._since_look >= LOOK_EVERY:
-            self._since_look = 0
-            return nobody
-        return drafted
+        return nobody if self._looks() else drafted
+
+    def _choose_freely(self, requests: int) -> Choice:
+        """For all of them, unless that was in vain for long."""
+        if self._owed > FIRST_TRIES:
+            self.skipped_passes += 1
+            return Choice((), 0.0)
+        return Choice(() if self._looks() else tuple(range(requests)), 0.0)
+
+    def _looks(self) -> bool:
+        """Whether it is time to see again what a step without drafts costs."""
+        self._since_look = (self._since_look + 1) % LOOK_EVERY
+        return self._since_look == 0
+
+    def _most_rows(self, requests: int) -> int:
+        """Rows that the next step may have at most."""
+        return max(STEP_UP * self.steps.most_known(), requests + 1)
 
     def cut(
         self, choice: Choice, requests: int, reads: int, trees: Sequence[tuple[str, FloatArray]]
@@ -245,7 +266,7 @@ class Budget:
         """
         for _, probabilities in trees:
             self._learn_profile(probabilities)
-        if choice.rate == 0:
+        if choice.rate == 0 and not self.free:
             return [np.ones(len(each), dtype=np.bool_) for _, each in trees]
         worth = [self._kept(request_id) * each for request_id, each in trees]
         every = np.sort(np.concatenate(worth))[::-1] if worth else np.zeros(0)
@@ -253,8 +274,15 @@ class Budget:
         mean_length = reads / max(requests, 1)
         reads_of = reads + nodes * self._runs_per_node * mean_length
         seconds = self.steps.predict(requests + nodes, reads_of)
-        gain = np.concatenate([np.zeros(1), np.cumsum(every)]) - choice.rate * seconds
-        taken = int(gain.argmax())
+        given = requests + np.concatenate([np.zeros(1), np.cumsum(every)])
+        if self.free:
+            rates = given / seconds
+            rates[requests + nodes > self._most_rows(requests)] = 0.0
+            taken = int(rates.argmax())
+            if rates[taken] <= CLEARLY * requests / float(self.plain.predict(requests, reads)):
+                taken = 0
+        else:
+            taken = int((given - choice.rate * seconds).argmax())
         # Of equal nodes all or none, lest a child stay without its parent.
         least = every[taken - 1] if taken else np.inf
         found = [each >= least for each in worth]

@@ -37,7 +37,7 @@ class Copies:
     """The copies that a batch of contexts proposes."""
 
     tokens: NDArray[np.int64]
-    """[b, DEEPEST_COPY]: what would follow; ``NO_TOKEN`` behind its end."""
+    """[b, DEEPEST_COPY]: what would follow; ``NO_TOKEN`` where nothing was found."""
     matches: NDArray[np.int64]
     """[b]: how many last tokens stood before it there, 0 where nothing was found."""
 
@@ -52,8 +52,9 @@ def look_up(contexts: Sequence[NDArray[np.integer]]) -> Copies:
     matches = np.zeros(len(contexts), dtype=np.int64)
     for row, context in enumerate(contexts):
         end, matches[row] = _newest_match(context)
-        copied = context[end : end + DEEPEST_COPY]
-        tokens[row, : len(copied)] = copied
+        if matches[row]:
+            # A copy that reaches the end goes on with itself, as text in a loop does.
+            tokens[row] = np.resize(context[end : end + DEEPEST_COPY], DEEPEST_COPY)
     return Copies(tokens, matches)
 
 

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,20 +30,33 @@ class DraftBatch:
     """Nodes in a tree at most."""
 
 
-class DraftSource(Protocol):
+class DraftSource(ABC):
     """Proposes one token tree for each request of a batch."""
 
-    transfer_layer: int | None
+    transfer_layer: int | None = None
     """The layer whose incoming hidden state the source needs, None where it needs none."""
+    runs_a_pass: bool = True
+    """Whether a proposal costs a pass through the target, so that one asks first whether it pays."""
+    reads_logits: bool = False
+    """Whether it wants to see what the target computes (``observe_logits``)."""
 
+    @abstractmethod
     def on_target_loaded(self, model: Any) -> None:
         """Called once, when vLLM has loaded the target (its ``...ForCausalLM``)."""
-        ...
 
+    @abstractmethod
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
         """One tree for each request, possibly empty, with at most ``batch.budget`` nodes."""
-        ...
 
+    @abstractmethod
     def describe(self) -> str:
         """A few words for the banner at start."""
-        ...
+
+    def observe_logits(  # noqa: B027
+        self, tokens: NDArray[np.integer], logits: torch.Tensor
+    ) -> None:
+        """The target's logits [n, vocabulary] of a step, before any sampling parameter, and the tokens [n] whose rows
+        they are."""
+
+    def forget(self, request_id: str) -> None:  # noqa: B027
+        """A request has ended."""

@@ -20,7 +20,13 @@ from vllm_hidden_transfer.asking import ConfigurationError, is_ours, requested, 
 from vllm_hidden_transfer.engine import devices, refusals, target_files
 from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.target_files import Target
-from vllm_hidden_transfer.names import METHOD, STAND_IN, TEST_DRAFTS_VARIABLE
+from vllm_hidden_transfer.names import (
+    DEFAULT_SOURCES,
+    METHOD,
+    SOURCES,
+    STAND_IN,
+    TEST_DRAFTS_VARIABLE,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -28,8 +34,17 @@ if TYPE_CHECKING:
 
     from vllm_hidden_transfer.checkpoint.config import TransferConfig
 
-OPTIONS = ("method", "model", "num_speculative_tokens", "allow_target_mismatch", "always_draft")
+OPTIONS = (
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "sources",
+    "allow_target_mismatch",
+    "always_draft",
+)
 MAX_BUDGET = 256
+TEXT_BUDGET = 16
+"""Nodes of a tree where no checkpoint says how many."""
 CPU_BLOCK_SIZE = 32
 """vLLM's CPU default of 128 makes every copy of a partial block four times as large."""
 
@@ -64,6 +79,12 @@ def plan(
         settings = Settings(checkpoint=None, draft_source=source, always_draft=always)
         return Plan(settings, _checked_budget(budget), devices.worker_cls())
     _check_structure(model_config)
+    sources = _sources(options)
+    always = options.get("always_draft", False)
+    if "maps" not in sources:
+        settings = Settings(checkpoint=None, sources=sources, always_draft=always)
+        text_budget = TEXT_BUDGET if budget is None else budget
+        return Plan(settings, _checked_budget(text_budget), devices.worker_cls())
     target = Target(
         model_config.model,
         args.revision,
@@ -81,8 +102,9 @@ def plan(
             "allow_target_mismatch in --speculative-config to serve with fewer accepted drafts "
             "(the output stays exact)."
         )
-    always = options.get("always_draft", False)
-    settings = Settings(checkpoint=str(folder), mismatch=mismatch, always_draft=always)
+    settings = Settings(
+        checkpoint=str(folder), sources=sources, mismatch=mismatch, always_draft=always
+    )
     if budget is None:
         budget = devices.default_budget(config.tree.node_budget)
     return Plan(settings, _checked_budget(budget), devices.worker_cls())
@@ -207,6 +229,36 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ConfigurationError(
                 f"{key} in --speculative-config must be true or false, not {shown(value)}."
             )
+
+
+def _sources(options: dict[str, Any]) -> tuple[str, ...]:
+    """Where drafts are to come from."""
+    given = options.get("sources")
+    if given is None:
+        return DEFAULT_SOURCES
+    several = isinstance(given, list | tuple) and len(given) > 0
+    if not several or not all(isinstance(one, str) and one in SOURCES for one in given):
+        raise ConfigurationError(
+            f"sources in --speculative-config must be a list of some of {', '.join(SOURCES)}, "
+            f"not {shown(given)}."
+        )
+    sources = tuple(one for one in SOURCES if one in given)
+    if {"maps", "recycling"} <= set(sources):
+        raise ConfigurationError(
+            "sources in --speculative-config names maps and recycling, which adds nothing to maps: "
+            "leave one of them out."
+        )
+    if "maps" not in sources and options.get("model") not in (None, METHOD):
+        raise ConfigurationError(
+            f"sources in --speculative-config leaves maps out, but model names {shown(options['model'])}: "
+            "leave model out, or add maps."
+        )
+    if stand_in_method() == STAND_IN and sources != ("maps",):
+        raise ConfigurationError(
+            f"sources in --speculative-config names {', '.join(sources)}, but the V2 model runner drafts with maps "
+            "alone: leave it out, or set VLLM_USE_V2_MODEL_RUNNER=0 on a CPU."
+        )
+    return sources
 
 
 def _checked_budget(budget: object) -> int:

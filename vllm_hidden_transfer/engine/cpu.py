@@ -58,7 +58,8 @@ class TreeCPUModelRunner(CPUPaths, TreeRunner, CPUModelRunner):
 
     def make_transfer_source(self) -> DraftSource:
         assert self.settings.checkpoint is not None
-        return TransferSource(self, self.settings.checkpoint)
+        copies = "lookup" in self.settings.sources
+        return TransferSource(self, self.settings.checkpoint, copies=copies)
 
 
 class HiddenTransferCPUWorker(CPUWorker):

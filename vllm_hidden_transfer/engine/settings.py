@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_hidden_transfer.names import METHOD
+from vllm_hidden_transfer.names import DEFAULT_SOURCES, METHOD
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,7 +19,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    checkpoint: str | None = Field(description="folder of the transfer checkpoint")
+    checkpoint: str | None = Field(
+        description="folder of the transfer checkpoint; None where drafts come from elsewhere"
+    )
+    sources: tuple[str, ...] = Field(
+        default=DEFAULT_SOURCES, description="where drafts come from, of ``names.SOURCES``"
+    )
     mismatch: str | None = Field(
         default=None,
         description="why the checkpoint may not fit the target, where the user allowed that",

@@ -49,7 +49,8 @@ def own_checkpoint(target: Target) -> Path:
     )
     raise ConfigurationError(
         f"there is no transfer checkpoint in the target's folder ({where}): "
-        'name one with --speculative-config \'{"method": "hidden_transfer", "model": "FOLDER"}\'.'
+        'name one with --speculative-config \'{"method": "hidden_transfer", "model": "FOLDER"}\', or draft without one '
+        'with "sources": ["recycling", "lookup"].'
     )
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token trees: build, score, mask, positions, walk. No vLLM and no model."""
 
+from vllm_hidden_transfer.tree.best_first import best_first, in_runs
 from vllm_hidden_transfer.tree.build import (
     limit_runs,
     most_probable,
@@ -36,8 +37,10 @@ __all__ = [
     "TokenTree",
     "TreeTensors",
     "VerificationWalk",
+    "best_first",
     "draft_blocks",
     "fit_to_scratch",
+    "in_runs",
     "lay_out_paths",
     "limit_runs",
     "most_probable",

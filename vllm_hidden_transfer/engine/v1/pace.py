@@ -28,10 +28,11 @@ class Pace:
 
     Args:
         max_nodes: of a tree.
+        free: whether drafts are looked up, without a pass through the target.
     """
 
-    def __init__(self, max_nodes: int) -> None:
-        self.budget = Budget(max_nodes)
+    def __init__(self, max_nodes: int, *, free: bool = False) -> None:
+        self.budget = Budget(max_nodes, free=free)
         self._choice = Choice((), 0.0)
         self._requests = self._reads = 0
         self._pass_started = self._ended = 0.0

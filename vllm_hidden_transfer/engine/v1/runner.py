@@ -24,6 +24,7 @@ from vllm_hidden_transfer.engine.structure import check_model
 from vllm_hidden_transfer.engine.v1.pace import Pace
 from vllm_hidden_transfer.engine.v1.sampling import verify
 from vllm_hidden_transfer.engine.v1.step import IntArray, Step
+from vllm_hidden_transfer.engine.v1.text_source import TextSource
 from vllm_hidden_transfer.patches import sampling_parameters, thinking_budgets
 from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs
 
@@ -62,7 +63,8 @@ class TreeRunner(GPUModelRunner):
         self.step = Step.empty()
         # Ranks that decide each for itself would decide differently and wait for each other for ever.
         adaptive = not self.settings.always_draft and self.parallel_config.world_size == 1
-        self.pace = Pace(self.num_spec_tokens) if adaptive else None
+        free = not self.draft_source.runs_a_pass
+        self.pace = Pace(self.num_spec_tokens, free=free) if adaptive else None
         self.use_aux_hidden_state_outputs = self.draft_source.transfer_layer is not None
         # Near max_model_len stock puts zeros in place of all drafts; ours are cut by the scheduler instead.
         self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
@@ -121,9 +123,11 @@ class TreeRunner(GPUModelRunner):
     # Overrides.
 
     def make_draft_source(self) -> DraftSource:
-        if self.settings.draft_source is None:
-            return self.make_transfer_source()
-        return cast(DraftSource, self.settings.source_class()(self))
+        if self.settings.draft_source is not None:
+            return cast(DraftSource, self.settings.source_class()(self))
+        if self.settings.checkpoint is None:
+            return TextSource(self.settings.sources, self.model_config.get_vocab_size())
+        return self.make_transfer_source()
 
     def _get_eagle3_aux_layers_from_config(self) -> tuple[int, ...] | None:
         layer = self.draft_source.transfer_layer
@@ -187,19 +191,31 @@ class TreeRunner(GPUModelRunner):
         self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None
     ) -> SamplerOutput:
         step = self.step
-        if logits is None or not step.has_trees:
-            return super()._sample(logits, None)
-        assert spec_decode_metadata is not None
-        self.input_batch.update_async_output_token_ids()
+        if logits is None:
+            return super()._sample(None, None)
         # logits hold the last 1 + drafts rows of each request, one request after the other.
-        sizes = [1 + count for count in spec_decode_metadata.num_draft_tokens]
-        root_rows = np.cumsum([0, *sizes[:-1]]).tolist()
+        sizes = np.ones(len(step.root_rows), dtype=np.int64)
+        if spec_decode_metadata is not None:
+            sizes += np.array(spec_decode_metadata.num_draft_tokens)
+        if self.draft_source.reads_logits:
+            self._show_logits(logits, step.root_rows, sizes)
+        if not step.has_trees:
+            return super()._sample(logits, None)
+        self.input_batch.update_async_output_token_ids()
+        root_rows = (np.cumsum(sizes) - sizes).tolist()
         verified = verify(
             self.sampler, logits, self.input_batch.sampling_metadata, step.trees, root_rows
         )
         step.walk = verified.walk
         self._compact_accepted(step, verified.walk)
         return verified.output
+
+    def _show_logits(self, logits: torch.Tensor, root_rows: IntArray, sizes: IntArray) -> None:
+        """Let the draft source see the logits of each request's root and drafts, before a sampler changes them."""
+        places = np.arange(len(logits)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows = torch.from_numpy(np.repeat(root_rows, sizes) + places)
+        tokens = self.input_ids.gpu[rows.to(self.input_ids.gpu.device)]
+        self.draft_source.observe_logits(tokens.cpu().numpy(), logits)
 
     def _compact_accepted(self, step: Step, walk: VerificationWalk) -> None:
         moved = [
@@ -303,6 +319,7 @@ class TreeRunner(GPUModelRunner):
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         self.trees.pop(req_id, None)
+        self.draft_source.forget(req_id)
         if self.pace is not None:
             self.pace.forget(req_id)
         super()._on_request_state_removed(req_id, req_state)

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_hidden_transfer.drafting import lookup
 from vllm_hidden_transfer.drafting.distributions import DraftCandidates, candidates
-from vllm_hidden_transfer.drafting.source import DraftBatch
+from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
 from vllm_hidden_transfer.engine.draft_head import DraftHead
 from vllm_hidden_transfer.engine.draft_pass import DraftPass
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.hidden_transfer")
 
 
-class TransferSource:
-    """Drafts with the maps of a transfer checkpoint, and what prompt lookup copies mixed in.
+class TransferSource(DraftSource):
+    """Drafts with the maps of a transfer checkpoint; what prompt lookup copies can be mixed in.
 
     Pseudo rows stand at the positions of the tokens to come. Their keys and values go into the request's own
     blocks, into slots that the next step writes before it reads them, or into scratch where no block is allocated.
     Where there is no scratch left, a request drafts as deep as its own blocks reach.
     """
 
-    def __init__(self, runner: TreeCPUModelRunner, checkpoint: str) -> None:
+    def __init__(self, runner: TreeCPUModelRunner, checkpoint: str, *, copies: bool = True) -> None:
         self._runner = runner
+        self._copies = copies
         self._pass = DraftPass(checkpoint, runner.vllm_config, runner.device)
         self.config = self._pass.config
         self._head = DraftHead(checkpoint, self.config, runner.device)
-        self.transfer_layer: int | None = self.config.transfer_layer
+        self.transfer_layer = self.config.transfer_layer
         self._temperatures = torch.tensor(
             self.config.calibration.temperatures, dtype=torch.float32, device=runner.device
         )
@@ -48,7 +49,8 @@ class TransferSource:
         """Draft rows so far whose logits were NaN or infinite."""
 
     def describe(self) -> str:
-        return self._pass.describe() + self._head.describe()
+        copies = "" if self._copies else ", no prompt lookup"
+        return self._pass.describe() + self._head.describe() + copies
 
     def on_target_loaded(self, model: Any) -> None:
         self._pass.on_target_loaded(model)
@@ -59,7 +61,9 @@ class TransferSource:
         columns = self._head.columns(batch.token_ids)
         logits = self.draft_logits(batch, columns)
         found = candidates(logits, self._temperatures, batch.budget, self._pass.bigram, columns)
-        copied = lookup.mixed_in(lookup.look_up(batch.token_ids), lookup.SHARES)
+        copied = None
+        if self._copies:
+            copied = lookup.mixed_in(lookup.look_up(batch.token_ids), lookup.SHARES)
         trees = most_probable(self._usable(found), batch.budget, copied)
         return path_major(trees).on_host()
 
