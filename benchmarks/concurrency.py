@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ratio of throughput to no speculation by the number of requests at a time, with the budget and without it.
+"""Ratio of throughput to no speculation by the number of requests at a time, of ours and of stock's n-grams.
 
     python -m benchmarks.concurrency --requests 1 --requests 8 --pairs 10
+    python -m benchmarks.concurrency --requests 1 --pairs 12 --kind editing --side "without maps" --side "stock n-gram"
 
-Three engines stand side by side on the demo target: no speculation, ours as it comes, and ours with ``always_draft``.
-They take turns on the same prompts, one computing while the others are idle, in another order each time. A round gives
-the ratio of output tokens a second; rounds give geometric means with 95% intervals. Rounds that were done are written
-at once, so that Ctrl-C loses nothing.
+Engines stand side by side on the demo target: no speculation, ours as it comes, with ``always_draft``, and without maps
+(``sources``), and vLLM's own n-gram method. They take turns on the same unseen prompts, one computing while the others
+are idle, in another order each time. A round gives the ratio of output tokens a second; rounds give geometric means with
+95% intervals. No prompt comes twice while there are others. Rounds that were done are written at once, so that Ctrl-C
+loses nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +34,16 @@ from vllm_hidden_transfer.machine import this_commit, this_machine
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "examples" / "smollm2-135m"
-OFF, BUDGET, ALWAYS = "no speculation", "with the budget", "drafting always"
+OFF = "no speculation"
+METHOD = {"method": "hidden_transfer"}
+MAPS = {**METHOD, "model": str(TARGET / "hidden_transfer")}
+SIDES: dict[str, dict[str, Any]] = {
+    "with the budget": MAPS,
+    "drafting always": {**MAPS, "always_draft": True},
+    "without maps": {**METHOD, "sources": ["recycling", "lookup"]},
+    "stock n-gram": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4},
+}
+"""What is measured against no speculation."""
 WARM_UP_TOKENS = 96
 """The budget learns what passes cost in its first seconds."""
 
@@ -47,7 +58,10 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
     return math.exp(middle), math.exp(middle - spread), math.exp(middle + spread)
 
 
-def engines(stack: ExitStack, folder: Path, *, eager: bool, most: int) -> dict[str, EngineProcess]:
+def engines(
+    stack: ExitStack, folder: Path, names: Sequence[str], *, eager: bool, most: int
+) -> dict[str, EngineProcess]:
+    """No speculation and the named sides, all started together."""
     common: dict[str, Any] = {
         "model": str(TARGET),
         "dtype": "float32",
@@ -57,12 +71,7 @@ def engines(stack: ExitStack, folder: Path, *, eager: bool, most: int) -> dict[s
         "block_size": 32,
         "enforce_eager": eager,
     }
-    ours = {"method": "hidden_transfer", "model": str(TARGET / "hidden_transfer")}
-    sides = {
-        OFF: common,
-        BUDGET: {**common, "speculative_config": ours},
-        ALWAYS: {**common, "speculative_config": {**ours, "always_draft": True}},
-    }
+    sides = {OFF: common, **{one: {**common, "speculative_config": SIDES[one]} for one in names}}
     made = {
         name: stack.enter_context(
             EngineProcess(name, options, folder / f"{name}.log", {"OMP_NUM_THREADS": "2"})
@@ -79,23 +88,37 @@ def main(
     pairs: Annotated[int, typer.Option(help="rounds of each", min=1)] = 10,
     tokens: Annotated[int, typer.Option(help="tokens of an answer", min=2)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    kind: Annotated[str, typer.Option(help="of prompts: chat, code or editing; all")] = "all",
+    side: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(SIDES)}; all")] = None,
     eager: Annotated[bool, typer.Option(help="do not compile")] = False,
     output: Annotated[Path, typer.Option(help="raw figures")] = ROOT / "work" / "concurrency",
 ) -> None:
     """Measure and print a table."""
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
-    questions = [one.prompt for one in read_questions(ROOT / "examples" / "prompts" / "demo.jsonl")]
+    names = list(SIDES) if side is None else side
+    for name in names:
+        if name not in SIDES:
+            raise typer.BadParameter(f"there is no side {name!r}: give one of {', '.join(SIDES)}.")
+    asked = read_questions(ROOT / "examples" / "prompts" / "unseen.jsonl")
+    questions = [one.prompt for one in asked if kind in ("all", one.kind)]
+    if not questions:
+        raise typer.BadParameter(
+            f"there are no prompts of kind {kind!r}: give chat, code or editing."
+        )
+    np.random.default_rng(0).shuffle(questions)
+    warming = [one.prompt for one in read_questions(ROOT / "examples" / "prompts" / "demo.jsonl")]
     sampling = {"temperature": temperature, "max_tokens": tokens, "ignore_eos": True, "seed": 1}
-    table = Table(title=f"{this_machine()}, commit {this_commit()}, T = {temperature:g}")
+    title = f"{this_machine()}, commit {this_commit()}, T = {temperature:g}, {kind} prompts"
+    table = Table(title=title)
     for column in ("requests", "side", "ratio", "95%", "tokens a pass"):
         table.add_column(column)
     with ExitStack() as stack:
-        sides = engines(stack, output, eager=eager, most=max(requests))
+        sides = engines(stack, output, names, eager=eager, most=max(requests))
         for count in requests:
-            prompts = itertools.cycle(questions)
+            prompts, warm_ups = itertools.cycle(questions), itertools.cycle(warming)
             warm_up = {**sampling, "max_tokens": WARM_UP_TOKENS}
-            batch = [[{"role": "user", "content": next(prompts)}] for _ in range(count)]
+            batch = [[{"role": "user", "content": next(warm_ups)}] for _ in range(count)]
             for engine in sides.values():
                 engine.generate(batch, warm_up)
             rates: dict[str, list[float]] = {name: [] for name in sides}
@@ -103,7 +126,8 @@ def main(
             for round_ in range(pairs):
                 batch = [[{"role": "user", "content": next(prompts)}] for _ in range(count)]
                 order = list(sides)
-                for name in order[round_ % 3 :] + order[: round_ % 3]:
+                turn = round_ % len(order)
+                for name in order[turn:] + order[:turn]:
                     started = time.perf_counter()
                     answers = sides[name].generate(batch, sampling)
                     seconds = time.perf_counter() - started
@@ -111,8 +135,18 @@ def main(
                     lengths[name].append(acceptance_length(answers))
                 with (output / "rounds.jsonl").open("a") as file:
                     last = {name: each[-1] for name, each in rates.items()}
-                    file.write(json.dumps({"requests": count, "tokens_per_s": last}) + "\n")
-            for name in (BUDGET, ALWAYS):
+                    file.write(
+                        json.dumps(
+                            {
+                                "requests": count,
+                                "kind": kind,
+                                "T": temperature,
+                                "tokens_per_s": last,
+                            }
+                        )
+                        + "\n"
+                    )
+            for name in names:
                 ratios = [a / b for a, b in zip(rates[name], rates[OFF], strict=True)]
                 middle, low, high = interval(ratios)
                 mean = float(np.mean(lengths[name]))

@@ -15,6 +15,8 @@ import pytest
 from tests.support.checkpoints import random_checkpoint
 from tests.support.engines import planted_options
 from vllm_hidden_transfer.checkpoint.vocabulary import save_vocabulary
+from vllm_hidden_transfer.engine import configuration
+from vllm_hidden_transfer.names import STAND_IN
 
 pytestmark = pytest.mark.engine
 
@@ -126,6 +128,11 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_speculative_tokens": "many"}, {}, "not 'many'"),
     ({"allow_target_mismatch": "yes"}, {}, "must be true or false"),
     ({"always_draft": 1}, {}, "always_draft in --speculative-config must be true or false, not 1"),
+    ({"sources": "lookup"}, {}, "must be a list of some of maps, lookup, recycling, not 'lookup'"),
+    ({"sources": []}, {}, "must be a list of some of maps, lookup, recycling"),
+    ({"sources": ["copies"]}, {}, "must be a list of some of maps, lookup, recycling"),
+    ({"sources": ["maps", "recycling"]}, {}, "adds nothing to maps: leave one of them out"),
+    ({"sources": ["lookup"], "model": "maps"}, {}, "leaves maps out, but model names 'maps'"),
     ({"model": "/nowhere/at/all"}, {}, "no transfer checkpoint at /nowhere/at/all"),
     ({"model": 3}, {}, "must be the folder"),
     ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
@@ -146,8 +153,31 @@ def test_refusals(
 
 
 def test_no_checkpoint_beside_the_target(random_target: Path) -> None:
-    with pytest.raises(ValueError, match=r"looked for .*hidden_transfer"):
+    with pytest.raises(ValueError, match=r"looked for .*hidden_transfer.*recycling") as refusal:
         configure(random_target, speculative_config={"method": "hidden_transfer"})
+    assert "\n" not in str(refusal.value)
+
+
+def test_without_maps_no_checkpoint_is_asked_for(random_target: Path) -> None:
+    method = {"method": "hidden_transfer", "sources": ["lookup", "recycling"]}
+    for model in ({}, {"model": "hidden_transfer"}, {"model": None}):
+        config = configure(random_target, speculative_config={**method, **model})
+        settings = config.additional_config["hidden_transfer"]
+        assert settings["checkpoint"] is None
+        assert tuple(settings["sources"]) == ("lookup", "recycling")
+        assert config.speculative_config.num_speculative_tokens == 16
+    five = configure(random_target, speculative_config={**method, "num_speculative_tokens": 5})
+    assert five.speculative_config.num_speculative_tokens == 5
+
+
+def test_other_sources_under_v2_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "stand_in_method", lambda: STAND_IN)
+    for sources in (["lookup"], ["maps", "lookup"]):
+        options = {"method": "hidden_transfer", "sources": sources}
+        with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0 on a CPU") as refusal:
+            configuration._sources(options)
+        assert "\n" not in str(refusal.value)
+    assert configuration._sources({"sources": ["maps"]}) == ("maps",)
 
 
 SLIPS = {

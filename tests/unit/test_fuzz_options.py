@@ -156,6 +156,8 @@ def test_wrong_values(bench: Bench) -> None:
             return value is not None and not (type(value) is int and 1 <= value <= MAX_BUDGET)
         if key in ("allow_target_mismatch", "always_draft"):
             return not isinstance(value, bool)
+        if key == "sources":
+            return value is not None
         return value is not None and value != METHOD
 
     names = st.text().map(lambda name: f"nowhere {name}") | st.text(min_size=1).map("/x".__add__)

@@ -128,6 +128,8 @@ class Budget:
         self._since_try = LOOK_EVERY
         self._owed = 0.0  # in steps without drafts
         self._pass_seconds = 0.0
+        # Predictions leave out what disturbs a pass. What a tree took is disturbed, too, and not the tree's fault.
+        self._disturbance = 1.0
         counts = np.unique(np.round(np.geomspace(1, self.max_nodes, 12)).astype(np.int64))
         self._counts: NDArray[np.int64] = counts
 
@@ -161,6 +163,9 @@ class Budget:
         if rows == requests:
             self.plain.observe(rows, reads, seconds)
         step = float(self.plain.predict(requests, reads)) or seconds
+        if rows == requests:
+            self._disturbance += 0.05 * (min(seconds / step, 2) - self._disturbance)
+        step *= self._disturbance
         self._owed -= TRY_SHARE * seconds / step
         if self._pass_seconds:
             accepted = sum(tree.accepted for tree in trees)
