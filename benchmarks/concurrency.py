@@ -6,9 +6,9 @@
 
 Engines stand side by side on the demo target: no speculation, ours as it comes, with ``always_draft``, and without maps
 (``sources``), and vLLM's own n-gram method. They take turns on the same unseen prompts, one computing while the others
-are idle, in another order each time. A round gives the ratio of output tokens a second; rounds give geometric means with
-95% intervals. No prompt comes twice while there are others. Rounds that were done are written at once, so that Ctrl-C
-loses nothing.
+are idle, in another order each time. A round gives the ratio of output tokens a second; rounds give geometric means
+with 95% intervals. No prompt comes twice while there are others. Rounds that were done are written at once, so that
+Ctrl-C loses nothing.
 """
 
 from __future__ import annotations

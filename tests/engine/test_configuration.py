@@ -131,7 +131,6 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"sources": "lookup"}, {}, "must be a list of some of maps, lookup, recycling, not 'lookup'"),
     ({"sources": []}, {}, "must be a list of some of maps, lookup, recycling"),
     ({"sources": ["copies"]}, {}, "must be a list of some of maps, lookup, recycling"),
-    ({"sources": ["maps", "recycling"]}, {}, "adds nothing to maps: leave one of them out"),
     ({"sources": ["lookup"], "model": "maps"}, {}, "leaves maps out, but model names 'maps'"),
     ({"model": "/nowhere/at/all"}, {}, "no transfer checkpoint at /nowhere/at/all"),
     ({"model": 3}, {}, "must be the folder"),

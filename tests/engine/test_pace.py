@@ -32,7 +32,8 @@ class Fickle(Budget):
     rng = np.random.default_rng(5)
     chosen, asked = 0, 0
 
-    def choose(self, request_ids: Sequence[str], lengths: Any) -> Choice:
+    def choose(self, request_ids: Sequence[str], lengths: Any, looked_up: Any = ()) -> Choice:
+        super().choose(request_ids, lengths, looked_up)
         places = np.flatnonzero(self.rng.random(len(request_ids)) < 0.5)
         Fickle.chosen += len(places)
         Fickle.asked += len(request_ids)
@@ -85,9 +86,10 @@ def test_the_default_budget_on_the_demo_target(demo_target: Path) -> None:
     budget = pace.budget
     assert_identical(reference, texts, demo_target, **options)
     assert budget.plain.seen(1) >= 3
-    assert budget.passes.known
+    assert budget.maps.costs.known
     # The last request is gone for the runner when the next step begins.
-    assert len(budget._of_each) <= 1
+    assert len(budget.maps._of_each) <= 1
+    assert len(budget.text._of_each) <= 1
     one, many = float(budget.plain.predict(1, 100)), float(budget.steps.predict(17, 100))
     print(f"a step of 1 row {one * 1e3:.0f} ms, of 17 {many * 1e3:.0f} ms")
     assert min(one, many) > 0

@@ -13,12 +13,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from vllm_hidden_transfer.drafting.budget import Budget, Choice, Verified
+from vllm_hidden_transfer.drafting.budget import Budget, Choice
 from vllm_hidden_transfer.drafting.costs import PassCosts
+from vllm_hidden_transfer.drafting.ledger import Verified
 
 NODES = 16
 PROFILE = np.array([0.62, 0.40, 0.27, 0.19, 0.15, 0.12, 0.1, 0.09, *np.linspace(0.08, 0.02, 8)])
 """About the shipped maps': two tokens promised by 16 nodes."""
+
+
+COPY = np.array([0.75, 0.6, 0.5, 0.43, 0.38, 0.34, 0.31, 0.28, *np.zeros(8)])
+"""About a match of three tokens' worth."""
 
 
 @dataclass
@@ -31,12 +36,13 @@ class World:
     """By requests."""
     kept: float = 1.0
     noise: float = 0.05
-    found: float = 1.0
-    """Share of the requests that there are drafts for."""
+    found: float = 0.0
+    """Share of the requests that a copy is found for."""
     seed: int = 0
     seconds: float = 0.0
     tokens: int = 0
     drafted_steps: int = 0
+    looked_up_steps: int = 0
     errors: list[float] = field(default_factory=list)
     """Of the model of costs, of steps that had drafts."""
 
@@ -45,10 +51,13 @@ class World:
 
     def run(self, budget: Budget, requests: int, steps: int) -> float:
         """Serve with the budget; tokens per second."""
-        self.seconds, self.tokens, self.drafted_steps = 0.0, 0, 0
+        self.seconds, self.tokens = 0.0, 0
+        self.drafted_steps = self.looked_up_steps = 0
         ids = [f"{requests}-{one}" for one in range(requests)]
         lengths = np.full(requests, 200)
         waiting: dict[str, np.ndarray] = {}
+        choice = Choice()
+        self._at = dict.fromkeys(ids, 0)
         for _ in range(steps):
             rows = requests + sum(len(each) for each in waiting.values())
             took = self._timed(self.step(rows))
@@ -57,29 +66,48 @@ class World:
                     float(budget.steps.predict(rows, 200 * requests)) / self.step(rows) - 1
                 )
             verified = [
-                Verified(name, each, int((self._rng.random(len(each)) < self.kept * each).sum()))
+                Verified(name, each, self._accepted(each), bool(choice.looked_up))
                 for name, each in waiting.items()
             ]
             self.tokens += requests + sum(one.accepted for one in verified)
             budget.observe_step(requests, 200 * requests, took, verified)
-            waiting = self._drafts(budget, budget.choose(ids, lengths), ids)
+            for one in verified:
+                self._at[one.request_id] += one.accepted
+            found = self._looked_up(budget, ids)
+            choice = budget.choose(ids, lengths, found)
+            waiting = self._drafts(budget, choice, ids)
+            if choice.looked_up:
+                waiting = {
+                    name: each[mask]
+                    for name, each, mask in zip(ids, found, choice.looked_up, strict=True)
+                }
+                self.looked_up_steps += 1
         return self.tokens / self.seconds
+
+    def _looked_up(self, budget: Budget, ids: list[str]) -> list[np.ndarray]:
+        """Whether there is a copy hangs on the place in the text."""
+        if not self.found or not budget.looks_up(len(ids)):
+            return []
+        budget.text.spend(len(ids), 200 * len(ids), self._timed(0.0003 * len(ids)))
+        copies = []
+        for row, name in enumerate(ids):
+            self._at[name] += 1
+            there = np.random.default_rng([row, self._at[name] // 10]).random() < self.found
+            copies.append(COPY[: NODES * there] * self._rng.uniform(0.8, 1.2))
+        return copies
 
     def _drafts(self, budget: Budget, choice: Choice, ids: list[str]) -> dict[str, np.ndarray]:
         if not choice.drafted:
             return {}
         self.drafted_steps += 1
         count = len(choice.drafted)
-        budget.observe_pass(count, 200 * count, self._timed(self.draft(count)))
-        trees = [
-            (
-                ids[one],
-                PROFILE[: NODES * (self._rng.random() < self.found)] * self._rng.uniform(0.8, 1.2),
-            )
-            for one in choice.drafted
-        ]
+        budget.maps.spend(count, 200 * count, self._timed(self.draft(count)))
+        trees = [(ids[one], PROFILE * self._rng.uniform(0.8, 1.2)) for one in choice.drafted]
         masks = budget.cut(choice, len(ids), 200 * len(ids), trees)
         return {name: each[mask] for (name, each), mask in zip(trees, masks, strict=True)}
+
+    def _accepted(self, probabilities: np.ndarray) -> int:
+        return int((self._rng.random(len(probabilities)) < self.kept * probabilities).sum())
 
     def _timed(self, seconds: float) -> float:
         """What the budget is told: noise is in it, but not in the ratios that are judged."""
@@ -145,12 +173,37 @@ def test_it_wins_where_drafts_pay_and_draws_where_they_do_not() -> None:
 
 
 @pytest.mark.parametrize(("kept", "requests"), [(1.0, 1), (0.0, 1), (1.0, 8), (0.0, 8)])
-def test_free_drafts_are_verified_where_they_pay(kept: float, requests: int) -> None:
-    """Looked-up drafts, which half of the requests have at a time."""
-    one = World(lambda rows: 0.05 + 0.0028 * max(rows - 1, 0), lambda _: 0.0003, kept, found=0.5)
-    ratio = one.run(Budget(NODES, free=True), requests, 800) / one.plain(requests)
-    print(f"{ratio:.3f} of no speculation")
+def test_what_is_looked_up_is_verified_where_it_pays(kept: float, requests: int) -> None:
+    """Without maps: copies, which half of the requests have at a time."""
+    one = small_cpu(kept, found=0.5)
+    ratio = one.run(Budget(NODES, passes=False), requests, 800) / one.plain(requests)
+    print(f"{ratio:.3f} of no speculation, {one.looked_up_steps} of 800 steps with copies")
+    assert one.drafted_steps == 0
     assert ratio > (1.3 if kept and requests == 1 else 0.98)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("requests", [1, 8])
+def test_passes_and_copies_together_are_better_than_either(requests: int) -> None:
+    found = {}
+    for name, share, passes in (("copies", 0.4, False), ("maps", 0.0, True), ("both", 0.4, True)):
+        one = small_cpu(found=share)
+        found[name] = one.run(Budget(NODES, passes=passes), requests, 1000) / one.plain(requests)
+    print(found)
+    assert found["both"] > 0.98 * max(found["copies"], found["maps"])
+    if requests == 1:
+        assert found["both"] > 1.05 * max(found["copies"], found["maps"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.2, 0.4])
+def test_a_noisy_machine_is_not_blamed_on_drafts(noise: float) -> None:
+    """Predictions leave disturbed passes out, so what a tree took is above them as often as what a stock step took."""
+    for requests, least in ((1, 1.15), (4, 0.97)):
+        one = small_cpu(noise=noise)
+        ratio = one.run(Budget(NODES), requests, 1000) / one.plain(requests)
+        print(f"{requests} requests: {ratio:.3f}")
+        assert ratio > least
 
 
 def test_one_budget_follows_the_load() -> None:
@@ -185,15 +238,15 @@ def test_a_bad_request_is_left_out() -> None:
     budget = Budget(NODES)
     for _ in range(40):
         budget.observe_step(2, 400, 0.05)
-        budget.observe_pass(1, 200, 0.03)
+        budget.maps.spend(1, 200, 0.03)
         budget.observe_step(2, 400, 0.09, [Verified("good", PROFILE, 4)])
-        budget.observe_pass(2, 400, 0.06)
+        budget.maps.spend(2, 400, 0.06)
         trees = [Verified("good", PROFILE, 4), Verified("bad", PROFILE, 0)]
         budget.observe_step(2, 400, 0.11, trees)
     budget.cut(Choice((0,), 0.0), 2, 400, [("good", PROFILE)])
     assert budget.choose(["bad", "good"], np.array([200, 200])).drafted == (1,)
     budget.forget("bad")
-    assert "bad" not in budget._of_each
+    assert "bad" not in budget.maps
 
 
 def test_nodes_are_taken_with_their_parents() -> None:

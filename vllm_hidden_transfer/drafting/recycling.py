@@ -28,7 +28,7 @@ _PRIOR = np.array((0.75, 0.55, 0.45, 0.35, 0.2, 0.12, 0.06, 0.02, 0.2))
 
 _CHUNK = 64
 
-MOST_ROWS = 32
+MOST_ROWS = 16
 """Rows of a step whose guesses are looked for at most: that costs 50 microseconds each, batches have many, and the
 table learns from every step."""
 

@@ -29,6 +29,16 @@ class DraftBatch:
     budget: int
     """Nodes in a tree at most."""
 
+    def of(self, places: Sequence[int]) -> DraftBatch:
+        """The batch of some of the requests, by their place in this one."""
+        return DraftBatch(
+            [self.request_ids[place] for place in places],
+            self.batch_rows[list(places)],
+            [self.token_ids[place] for place in places],
+            None if self.hidden is None else self.hidden[list(places)],
+            self.budget,
+        )
+
 
 class DraftSource(ABC):
     """Proposes one token tree for each request of a batch."""
@@ -36,7 +46,7 @@ class DraftSource(ABC):
     transfer_layer: int | None = None
     """The layer whose incoming hidden state the source needs, None where it needs none."""
     runs_a_pass: bool = True
-    """Whether a proposal costs a pass through the target, so that one asks first whether it pays."""
+    """Whether a proposal costs a pass through the target. One that does not is the same as a look-up."""
     reads_logits: bool = False
     """Whether it wants to see what the target computes (``observe_logits``)."""
 
@@ -51,6 +61,10 @@ class DraftSource(ABC):
     @abstractmethod
     def describe(self) -> str:
         """A few words for the banner at start."""
+
+    def look_up(self, batch: DraftBatch) -> list[TokenTree] | None:
+        """Trees that cost no pass, for steps in which one would not pay; None where the source has none."""
+        return None
 
     def observe_logits(  # noqa: B027
         self, tokens: NDArray[np.integer], logits: torch.Tensor

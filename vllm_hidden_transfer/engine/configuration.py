@@ -243,11 +243,6 @@ def _sources(options: dict[str, Any]) -> tuple[str, ...]:
             f"not {shown(given)}."
         )
     sources = tuple(one for one in SOURCES if one in given)
-    if {"maps", "recycling"} <= set(sources):
-        raise ConfigurationError(
-            "sources in --speculative-config names maps and recycling, which adds nothing to maps: "
-            "leave one of them out."
-        )
     if "maps" not in sources and options.get("model") not in (None, METHOD):
         raise ConfigurationError(
             f"sources in --speculative-config leaves maps out, but model names {shown(options['model'])}: "

@@ -58,8 +58,7 @@ class TreeCPUModelRunner(CPUPaths, TreeRunner, CPUModelRunner):
 
     def make_transfer_source(self) -> DraftSource:
         assert self.settings.checkpoint is not None
-        copies = "lookup" in self.settings.sources
-        return TransferSource(self, self.settings.checkpoint, copies=copies)
+        return TransferSource(self, self.settings.checkpoint, self.settings.sources)
 
 
 class HiddenTransferCPUWorker(CPUWorker):

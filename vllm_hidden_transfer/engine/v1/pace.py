@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The budget (``drafting.budget``) on the V1 runner's steps: what it is told of them, and what it decides.
 
-A step is timed from the end of the one before, scheduling included, until its tokens are known, and a draft pass from
-then until its trees are there. Steps with a prompt in them are not told: what they cost says nothing of decoding.
+A step is timed from the end of the one before, scheduling included, until its tokens are known, and drafts from then
+until their trees are there. Steps with a prompt in them are not told: what they cost says nothing of decoding.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from vllm.logger import init_logger
 
-from vllm_hidden_transfer.drafting.budget import Budget, Choice, Verified
-from vllm_hidden_transfer.drafting.source import DraftBatch
+from vllm_hidden_transfer.drafting.budget import Budget, Choice
+from vllm_hidden_transfer.drafting.ledger import Verified
+from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.engine.announce import DOES_NOT_PAY
 from vllm_hidden_transfer.engine.v1.step import Step
 from vllm_hidden_transfer.tree import TokenTree
 
 logger = init_logger("vllm.hidden_transfer")
+
+_NO_TREE = TokenTree.chain([])
 
 
 class Pace:
@@ -28,15 +30,14 @@ class Pace:
 
     Args:
         max_nodes: of a tree.
-        free: whether drafts are looked up, without a pass through the target.
+        passes: whether drafts may come from a pass through the target.
     """
 
-    def __init__(self, max_nodes: int, *, free: bool = False) -> None:
-        self.budget = Budget(max_nodes, free=free)
-        self._choice = Choice((), 0.0)
-        self._requests = self._reads = 0
-        self._pass_started = self._ended = 0.0
-        self._drafting = (0, 0)
+    def __init__(self, max_nodes: int, *, passes: bool = True) -> None:
+        self.budget = Budget(max_nodes, passes=passes)
+        self._ended = 0.0
+        self._looked_up: set[str] = set()
+        """Requests whose latest tree was looked up."""
 
     def observe(self, step: Step, request_ids: Sequence[str]) -> None:
         """A step has its tokens; its requests stand in the order of the batch."""
@@ -48,9 +49,10 @@ class Pace:
         for request, (tree, length) in enumerate(zip(step.trees, lengths, strict=True)):
             if tree is None or walk is None:
                 continue
-            node = walk.nodes[request]
+            node, name = walk.nodes[request], request_ids[request]
             accepted = 0 if node < 0 else int(tree.depths[node])
-            trees.append(Verified(request_ids[request], tree.path_probabilities(), accepted))
+            probabilities = tree.path_probabilities()
+            trees.append(Verified(name, probabilities, accepted, name in self._looked_up))
             more_reads += length * (len(tree.run_starts) - 1)
             runs += len(tree.run_starts) - 1
             nodes += len(tree)
@@ -64,38 +66,49 @@ class Pace:
             seconds += between
         self.budget.observe_step(len(lengths), sum(lengths), seconds, trees, more_reads)
 
-    def choose(
-        self, requests: list[int], request_ids: Sequence[str], lengths: NDArray[np.integer]
-    ) -> list[int]:
-        """For which of some requests, by their rows in the batch, a draft pass is to run."""
-        if not requests:
-            return []
-        known = lengths[requests].astype(np.int64)
-        self._requests, self._reads = len(requests), int(known.sum())
-        skipped = self.budget.skipped_passes
-        self._choice = self.budget.choose([request_ids[one] for one in requests], known)
-        if not skipped and self.budget.skipped_passes:
-            logger.info(DOES_NOT_PAY, len(requests))
-        self._pass_started = time.perf_counter()
-        return [requests[place] for place in self._choice.drafted]
-
-    def cut(self, batch: DraftBatch, trees: Sequence[TokenTree]) -> list[TokenTree]:
-        """The nodes to verify of what was drafted for a batch."""
-        reads = sum(len(tokens) for tokens in batch.token_ids)
-        self._drafting = (len(batch.request_ids), reads)
-        probabilities = [tree.path_probabilities() for tree in trees]
-        named = list(zip(batch.request_ids, probabilities, strict=True))
-        kept = self.budget.cut(self._choice, self._requests, self._reads, named)
-        return [tree.kept(nodes) for tree, nodes in zip(trees, kept, strict=True)]
-
-    def end(self) -> None:
-        """The step's drafts are there, if it has any."""
+    def draft(self, source: DraftSource, batch: DraftBatch) -> list[TokenTree]:
+        """The nodes to verify for each of the requests that want drafts: as many as pay, which may be none."""
+        trees = self._drafted(source, batch) if batch.request_ids else []
         self._ended = time.perf_counter()
-        requests, reads = self._drafting
-        if requests:
-            self.budget.observe_pass(requests, reads, self._ended - self._pass_started)
-        self._drafting = (0, 0)
+        return trees
+
+    def _drafted(self, source: DraftSource, batch: DraftBatch) -> list[TokenTree]:
+        budget, skipped = self.budget, self.budget.skipped_passes
+        lengths = np.array([len(tokens) for tokens in batch.token_ids])
+        requests, reads = len(lengths), int(lengths.sum())
+        started = time.perf_counter()
+        found = source.look_up(batch) if budget.looks_up(requests) else None
+        if found is not None:
+            budget.text.spend(requests, reads, time.perf_counter() - started)
+        probabilities = [tree.path_probabilities() for tree in found or ()]
+        choice = budget.choose(batch.request_ids, lengths, probabilities)
+        if not skipped and budget.skipped_passes:
+            logger.info(DOES_NOT_PAY, requests)
+        if choice.drafted:
+            self._looked_up.difference_update(batch.request_ids)
+            return self._by_a_pass(source, batch, choice, reads)
+        if found is None or not choice.looked_up:
+            return [_NO_TREE] * requests
+        self._looked_up.update(batch.request_ids)
+        return [tree.kept(nodes) for tree, nodes in zip(found, choice.looked_up, strict=True)]
+
+    def _by_a_pass(
+        self, source: DraftSource, batch: DraftBatch, choice: Choice, reads: int
+    ) -> list[TokenTree]:
+        started = time.perf_counter()
+        part = batch.of(choice.drafted)
+        trees = source.propose(part)
+        probabilities = [tree.path_probabilities() for tree in trees]
+        named = list(zip(part.request_ids, probabilities, strict=True))
+        kept = self.budget.cut(choice, len(batch.request_ids), reads, named)
+        drafted = [_NO_TREE] * len(batch.request_ids)
+        for place, tree, nodes in zip(choice.drafted, trees, kept, strict=True):
+            drafted[place] = tree.kept(nodes)
+        read_by_pass = sum(len(tokens) for tokens in part.token_ids)
+        self.budget.maps.spend(len(trees), read_by_pass, time.perf_counter() - started)
+        return drafted
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
         self.budget.forget(request_id)
+        self._looked_up.discard(request_id)

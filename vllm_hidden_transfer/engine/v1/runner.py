@@ -63,8 +63,10 @@ class TreeRunner(GPUModelRunner):
         self.step = Step.empty()
         # Ranks that decide each for itself would decide differently and wait for each other for ever.
         adaptive = not self.settings.always_draft and self.parallel_config.world_size == 1
-        free = not self.draft_source.runs_a_pass
-        self.pace = Pace(self.num_spec_tokens, free=free) if adaptive else None
+        passes = self.draft_source.runs_a_pass
+        self.pace = Pace(self.num_spec_tokens, passes=passes) if adaptive else None
+        # Where every step has a draft pass, nothing is looked up.
+        self._shows_logits = self.draft_source.reads_logits and (adaptive or not passes)
         self.use_aux_hidden_state_outputs = self.draft_source.transfer_layer is not None
         # Near max_model_len stock puts zeros in place of all drafts; ours are cut by the scheduler instead.
         self.effective_drafter_max_model_len = self.max_model_len + self.num_spec_tokens + 1
@@ -197,7 +199,7 @@ class TreeRunner(GPUModelRunner):
         sizes = np.ones(len(step.root_rows), dtype=np.int64)
         if spec_decode_metadata is not None:
             sizes += np.array(spec_decode_metadata.num_draft_tokens)
-        if self.draft_source.reads_logits:
+        if self._shows_logits:
             self._show_logits(logits, step.root_rows, sizes)
         if not step.has_trees:
             return super()._sample(logits, None)
@@ -252,42 +254,40 @@ class TreeRunner(GPUModelRunner):
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         lengths = self.input_batch.num_tokens_no_spec
         if self.pace is not None:
-            ids = self.input_batch.req_ids
-            self.pace.observe(self.step, ids)
-            requests = self.pace.choose(requests, ids, lengths)
-            if not requests:
-                self.pace.end()
-        if not requests:
-            return drafts
+            self.pace.observe(self.step, self.input_batch.req_ids)
         hidden = None
-        if aux_hidden_states is not None:
+        if aux_hidden_states is not None and requests:
             hidden = aux_hidden_states[0][torch.from_numpy(self.step.last_rows()[requests])]
         batch = DraftBatch(
             request_ids=[self.input_batch.req_ids[request] for request in requests],
-            batch_rows=np.array(requests),
+            batch_rows=np.array(requests, dtype=np.int64),
             token_ids=[
                 self.input_batch.token_ids_cpu[request, : lengths[request]] for request in requests
             ],
             hidden=hidden,
             budget=min(self.num_spec_tokens, scheduler_output.num_spec_tokens_to_schedule),
         )
-        proposed = self.draft_source.propose(batch)
         if self.pace is not None:
-            proposed = self.pace.cut(batch, proposed)
+            proposed = self.pace.draft(self.draft_source, batch)
+        else:
+            proposed = self.draft_source.propose(batch) if requests else []
+        usable = [
+            (request, request_id, self._for_request(request_id, tree))
+            for request, request_id, tree in zip(requests, batch.request_ids, proposed, strict=True)
+            if len(tree)
+        ]
+        if not usable:
+            return drafts
+        rows = [request for request, *_ in usable]
         trees = self.fit_to_scratch(
-            [
-                self._for_request(request_id, tree)
-                for request_id, tree in zip(batch.request_ids, proposed, strict=True)
-            ],
-            lengths[requests].astype(np.int64) - 1,
-            np.ones(len(requests), dtype=np.int64),
+            [tree for *_, tree in usable],
+            lengths[rows].astype(np.int64) - 1,
+            np.ones(len(rows), dtype=np.int64),
         )
-        for request, request_id, tree in zip(requests, batch.request_ids, trees, strict=True):
+        for (request, request_id, _), tree in zip(usable, trees, strict=True):
             assert tree is not None
             self.trees[request_id] = tree
             drafts[request] = tree.tokens.tolist()
-        if self.pace is not None:
-            self.pace.end()
         return drafts
 
     def map_adapters(self, batch_rows: NDArray[np.int64], rows_each: int) -> None:

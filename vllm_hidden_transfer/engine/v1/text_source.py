@@ -15,6 +15,8 @@ from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.drafting.text import TextDrafts
 from vllm_hidden_transfer.tree import TokenTree
 
+NAMES = {"lookup": "prompt lookup", "recycling": "token recycling"}
+
 
 class TextSource(DraftSource):
     """Drafts from what stands in the texts.
@@ -29,8 +31,7 @@ class TextSource(DraftSource):
     def __init__(self, sources: Collection[str], vocabulary: int) -> None:
         self._drafts = TextDrafts(sources, vocabulary)
         self.reads_logits = self._drafts.successors is not None
-        names = {"lookup": "prompt lookup", "recycling": "token recycling"}
-        self._about = " and ".join(names[source] for source in sources)
+        self._about = " and ".join(NAMES[source] for source in NAMES if source in sources)
 
     def on_target_loaded(self, model: Any) -> None:
         """It needs nothing of the target."""
@@ -39,6 +40,9 @@ class TextSource(DraftSource):
         return f"drafts of {self._about}, without maps"
 
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
+        return self.look_up(batch)
+
+    def look_up(self, batch: DraftBatch) -> list[TokenTree]:
         return self._drafts.propose(batch.request_ids, batch.token_ids, batch.budget)
 
     def observe_logits(self, tokens: NDArray[np.integer], logits: torch.Tensor) -> None:

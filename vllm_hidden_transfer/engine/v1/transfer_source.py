@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.logger import init_logger
 
 from vllm_hidden_transfer.drafting import lookup
@@ -16,6 +18,7 @@ from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.engine.announce import UNUSABLE_DRAFTS
 from vllm_hidden_transfer.engine.draft_head import DraftHead
 from vllm_hidden_transfer.engine.draft_pass import DraftPass
+from vllm_hidden_transfer.engine.v1.text_source import TextSource
 from vllm_hidden_transfer.tree import TokenTree, draft_blocks, most_probable, path_major
 
 if TYPE_CHECKING:
@@ -26,16 +29,27 @@ logger = init_logger("vllm.hidden_transfer")
 
 
 class TransferSource(DraftSource):
-    """Drafts with the maps of a transfer checkpoint; what prompt lookup copies can be mixed in.
+    """Drafts with the maps of a transfer checkpoint, and what prompt lookup copies mixed in.
 
     Pseudo rows stand at the positions of the tokens to come. Their keys and values go into the request's own
     blocks, into slots that the next step writes before it reads them, or into scratch where no block is allocated.
     Where there is no scratch left, a request drafts as deep as its own blocks reach.
+
+    Args:
+        runner: whose batch is drafted for.
+        checkpoint: folder of the transfer checkpoint.
+        sources: what there is besides the maps: "lookup", which is mixed in and looked up where a pass does not pay,
+            and "recycling", which is only looked up.
     """
 
-    def __init__(self, runner: TreeCPUModelRunner, checkpoint: str, *, copies: bool = True) -> None:
+    def __init__(
+        self,
+        runner: TreeCPUModelRunner,
+        checkpoint: str,
+        sources: Collection[str] = ("lookup",),
+    ) -> None:
         self._runner = runner
-        self._copies = copies
+        self._copies = "lookup" in sources
         self._pass = DraftPass(checkpoint, runner.vllm_config, runner.device)
         self.config = self._pass.config
         self._head = DraftHead(checkpoint, self.config, runner.device)
@@ -43,6 +57,10 @@ class TransferSource(DraftSource):
         self._temperatures = torch.tensor(
             self.config.calibration.temperatures, dtype=torch.float32, device=runner.device
         )
+        self._text: TextSource | None = None
+        if beside := [source for source in sources if source != "maps"]:
+            self._text = TextSource(beside, self.config.target.vocab_size)
+            self.reads_logits = self._text.reads_logits
         self._slots = np.zeros((0, 0), dtype=np.int64)
         self._homeless = np.zeros((0, 0), dtype=np.bool_)
         self.unusable_rows = 0
@@ -55,6 +73,17 @@ class TransferSource(DraftSource):
     def on_target_loaded(self, model: Any) -> None:
         self._pass.on_target_loaded(model)
         self._head.on_target_loaded(model)
+
+    def look_up(self, batch: DraftBatch) -> list[TokenTree] | None:
+        return None if self._text is None else self._text.look_up(batch)
+
+    def observe_logits(self, tokens: NDArray[np.integer], logits: torch.Tensor) -> None:
+        if self._text is not None:
+            self._text.observe_logits(tokens, logits)
+
+    def forget(self, request_id: str) -> None:
+        if self._text is not None:
+            self._text.forget(request_id)
 
     @torch.inference_mode()
     def propose(self, batch: DraftBatch) -> list[TokenTree]:
