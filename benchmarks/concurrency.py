@@ -6,9 +6,10 @@
 
 Engines stand side by side on the demo target: no speculation, ours as it comes, with ``always_draft``, and without maps
 (``sources``), and vLLM's own n-gram method. They take turns on the same unseen prompts, one computing while the others
-are idle, in another order each time. A round gives the ratio of output tokens a second; rounds give geometric means
-with 95% intervals. No prompt comes twice while there are others. Rounds that were done are written at once, so that
-Ctrl-C loses nothing.
+are idle, in another order each time. A round is several waves of requests, of which so many run at a time: where one
+ends the next one takes its place, as in serving. It gives the ratio of output tokens a second; rounds give geometric
+means with 95% intervals. No prompt comes twice while there are others. Rounds that were done are written at once, so
+that Ctrl-C loses nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,9 +84,15 @@ def engines(
     return made
 
 
+def chats(prompts: Iterator[str], count: int) -> list[list[dict[str, str]]]:
+    """The next prompts as conversations."""
+    return [[{"role": "user", "content": prompt}] for prompt in itertools.islice(prompts, count)]
+
+
 def main(
     requests: Annotated[list[int], typer.Option(help="requests at a time; several times", min=1)],
     pairs: Annotated[int, typer.Option(help="rounds of each", min=1)] = 10,
+    waves: Annotated[int, typer.Option(help="requests of a round, for each at a time", min=1)] = 4,
     tokens: Annotated[int, typer.Option(help="tokens of an answer", min=2)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     kind: Annotated[str, typer.Option(help="of prompts: chat, code or editing; all")] = "all",
@@ -107,24 +114,23 @@ def main(
             f"there are no prompts of kind {kind!r}: give chat, code or editing."
         )
     np.random.default_rng(0).shuffle(questions)
-    warming = [one.prompt for one in read_questions(ROOT / "examples" / "prompts" / "demo.jsonl")]
+    demo = read_questions(ROOT / "examples" / "prompts" / "demo.jsonl")
+    warming = itertools.cycle([one.prompt for one in demo])
     sampling = {"temperature": temperature, "max_tokens": tokens, "ignore_eos": True, "seed": 1}
     title = f"{this_machine()}, commit {this_commit()}, T = {temperature:g}, {kind} prompts"
     table = Table(title=title)
     for column in ("requests", "side", "ratio", "95%", "tokens a pass"):
         table.add_column(column)
-    with ExitStack() as stack:
-        sides = engines(stack, output, names, eager=eager, most=max(requests))
-        for count in requests:
-            prompts, warm_ups = itertools.cycle(questions), itertools.cycle(warming)
-            warm_up = {**sampling, "max_tokens": WARM_UP_TOKENS}
-            batch = [[{"role": "user", "content": next(warm_ups)}] for _ in range(count)]
+    prompts = itertools.cycle(questions)
+    for count in requests:
+        rates: dict[str, list[float]] = {name: [] for name in (OFF, *names)}
+        lengths: dict[str, list[float]] = {name: [] for name in (OFF, *names)}
+        with ExitStack() as stack:
+            sides = engines(stack, output, names, eager=eager, most=count)
             for engine in sides.values():
-                engine.generate(batch, warm_up)
-            rates: dict[str, list[float]] = {name: [] for name in sides}
-            lengths: dict[str, list[float]] = {name: [] for name in sides}
+                engine.generate(chats(warming, count), {**sampling, "max_tokens": WARM_UP_TOKENS})
             for round_ in range(pairs):
-                batch = [[{"role": "user", "content": next(prompts)}] for _ in range(count)]
+                batch = chats(prompts, waves * count)
                 order = list(sides)
                 turn = round_ % len(order)
                 for name in order[turn:] + order[:turn]:
@@ -135,25 +141,16 @@ def main(
                     lengths[name].append(acceptance_length(answers))
                 with (output / "rounds.jsonl").open("a") as file:
                     last = {name: each[-1] for name, each in rates.items()}
-                    file.write(
-                        json.dumps(
-                            {
-                                "requests": count,
-                                "kind": kind,
-                                "T": temperature,
-                                "tokens_per_s": last,
-                            }
-                        )
-                        + "\n"
-                    )
-            for name in names:
-                ratios = [a / b for a, b in zip(rates[name], rates[OFF], strict=True)]
-                middle, low, high = interval(ratios)
-                mean = float(np.mean(lengths[name]))
-                table.add_row(
-                    str(count), name, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{mean:.2f}"
-                )
-            console.print(table)
+                    about = {"requests": count, "kind": kind, "T": temperature}
+                    file.write(json.dumps({**about, "tokens_per_s": last}) + "\n")
+        for name in names:
+            ratios = [a / b for a, b in zip(rates[name], rates[OFF], strict=True)]
+            middle, low, high = interval(ratios)
+            between = f"{low:.2f} to {high:.2f}"
+            table.add_row(
+                str(count), name, f"{middle:.2f}", between, f"{np.mean(lengths[name]):.2f}"
+            )
+        console.print(table)
 
 
 if __name__ == "__main__":

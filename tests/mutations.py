@@ -277,14 +277,20 @@ MUTATIONS = (
     Mutation(
         "drafts where they do not pay",
         "drafting/budget.py",
-        (("if too_soon or self._owed + (0.0 if pays else loss) > FIRST_TRIES:", "if False:"),),
+        (("if too_soon or owed + (0.0 if pays else loss) > FIRST_TRIES:", "if False:"),),
         BUDGET,
     ),
     Mutation(
         "a promise is what is kept of it",
-        "drafting/budget.py",
+        "drafting/ledger.py",
         (("return (self.accepted + weight * prior) / (self.promised + weight)", "return 1.0"),),
         BUDGET,
+    ),
+    Mutation(
+        "copies are trusted as at the start",
+        "drafting/text.py",
+        (("            self._trust.observe(cells, right[:told])\n", "            pass\n"),),
+        "tests/unit/test_text_drafts.py::test_trust_in_copies_is_learned_from_the_text",
     ),
     Mutation(
         "V2: parents out of step with tokens",

@@ -27,6 +27,10 @@ WAYS = [
         "--speculative-config",
         '{{"method":"hidden_transfer","model":"{target}/hidden_transfer/published"}}',
     ],
+    [
+        "--speculative-config",
+        '{{"method":"hidden_transfer","sources":["lookup","recycling"]}}',
+    ],
 ]
 
 
@@ -64,11 +68,16 @@ def test_the_same_text(
     assert accepted / drafts > 0.3 or drafts < 20
     banner = [line for line in log.read_text().splitlines() if "hidden_transfer is on" in line]
     assert len(banner) == 1
-    for word in ("two-pass", "k = 4", "t = 16 of 30", "16 nodes", "float32", "CPU_ATTN"):
+    for word in ("16 nodes", "float32", "CPU_ATTN"):
         assert word in banner[0]
     # vLLM's engine core makes the configuration again and warns there of max_num_scheduled_tokens: docs/operations.md.
     for word in ("experimental", "custom proposer", "Async scheduling not supported"):
         assert word not in log.read_text()
+    if "sources" in " ".join(way):
+        assert "drafts of prompt lookup and token recycling, without maps" in banner[0]
+        return
+    for word in ("two-pass", "k = 4", "t = 16 of 30"):
+        assert word in banner[0]
     # The published maps are those of the paper, without bigrams.
     published = "published" in " ".join(way)
     assert ("published maps, k" if published else "with bigrams of rank 64, k") in banner[0]

@@ -68,6 +68,8 @@ def test_random_engine(number: int, target: Path, checkpoint: Path, tmp_path: Pa
     speculation = planted_options(drawn.nodes)
     if drawn.real_drafts:
         config = {"method": "hidden_transfer", "model": str(checkpoint), "always_draft": True}
+        if number % 2:  # the same without maps
+            config = {"method": "hidden_transfer", "sources": ["lookup", "recycling"]}
         speculation = {"speculative_config": {**config, "num_speculative_tokens": drawn.nodes}}
     else:
         texts = [

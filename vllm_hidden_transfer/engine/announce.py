@@ -29,7 +29,7 @@ UNUSABLE_DRAFTS = (
 
 
 DOES_NOT_PAY = (
-    "hidden_transfer: drafts do not pay here for %d requests at a time, so steps go without them until they do; "
+    "hidden_transfer: a draft pass does not pay here for %d requests at a time, so steps go without one until it does; "
     "always_draft in --speculative-config drafts all the same. This is said once."
 )
 
