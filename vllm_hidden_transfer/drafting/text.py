@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_hidden_transfer.drafting.frequencies import Frequencies
-from vllm_hidden_transfer.drafting.lookup import DEEPEST_COPY, LONGEST_MATCH, look_up
+from vllm_hidden_transfer.drafting.lookup import look_up
 from vllm_hidden_transfer.drafting.recycling import Successors
 from vllm_hidden_transfer.tree import TokenTree, best_first, in_runs
 
@@ -30,7 +30,7 @@ _PRIOR: NDArray[np.float64] = np.array(
         [0.70, 0.82, 0.86, 0.88, 0.91, 0.92, 0.92, 0.93],
     ]
 )
-"""[LONGEST_MATCH, DEEPEST_COPY]: how often a copy is right, before anything is known of these texts."""
+"""[LONGEST_MATCH, DEEPEST_COPY] of ``lookup``: how often a copy is right, before anything is known of these texts."""
 
 _Place = tuple[int, int]
 """A token, and how many of the copy led to it; ``_OFF`` where it is not on the copy."""
@@ -97,6 +97,8 @@ class TextDrafts:
         """Whether it is known how far a copy was right, which then is learned. Until then no other is looked at, or one
         that comes true token by token would teach its first depth only."""
         came = context[before.length : before.length + len(before.copy)].tolist()
+        if len(context) < before.length:  # a session whose text was cut back
+            return True
         right = [copied == token for copied, token in zip(before.copy, came, strict=False)]
         if all(right) and len(came) < len(before.copy):
             return False
@@ -124,6 +126,3 @@ class TextDrafts:
 
         start = 0 if copy else _OFF
         return in_runs(best_first((root, start), children, budget, LEAST))
-
-
-assert _PRIOR.shape == (LONGEST_MATCH, DEEPEST_COPY)
