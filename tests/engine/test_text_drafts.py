@@ -20,7 +20,7 @@ from tests.support.engines import (
 
 pytestmark = pytest.mark.engine
 
-SOURCES = [["lookup"], ["recycling"], ["recycling", "lookup"]]
+WAYS = ["lookup", "recycling", "recycling and lookup"]
 
 
 def without_maps(sources: list[str], **options: Any) -> dict[str, Any]:
@@ -28,14 +28,16 @@ def without_maps(sources: list[str], **options: Any) -> dict[str, Any]:
     return {"speculative_config": method}
 
 
-@pytest.mark.parametrize("sources", SOURCES, ids=" and ".join)
-def test_texts_are_those_of_no_speculation(sources: list[str], random_target: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.scope("without maps", "{way}")
+def test_texts_are_those_of_no_speculation(way: str, random_target: Path) -> None:
     """Repetitive prompts in pieces, eight requests on a small token budget, greedy, seeded and with penalties."""
     whole: dict[str, Any] = {"enable_prefix_caching": True}
     # Stock dies of a seeded prompt in pieces (test_stock_bugs.py), so the reference gets them whole.
     options = {**whole, "max_num_batched_tokens": 96}
     prompts = [(prompt * 20)[:150] for prompt in random_prompts(10, longest=40)]
-    ways: list[dict[str, Any]] = [
+    sources = way.split(" and ")
+    asked: list[dict[str, Any]] = [
         {},
         {"temperature": 0.8, "seed": 3},
         # A text of four tokens repeats itself.
@@ -44,9 +46,9 @@ def test_texts_are_those_of_no_speculation(sources: list[str], random_target: Pa
         {"allowed_token_ids": [5, 6, 7, 8], "repetition_penalty": 1.1, "presence_penalty": 0.2},
     ]
     with engine(random_target, **whole) as llm:
-        references = [generate(llm, prompts, max_tokens=48, **way) for way in ways]
+        references = [generate(llm, prompts, max_tokens=48, **each) for each in asked]
     with engine(random_target, **options, **without_maps(sources, always_draft=True)) as llm:
-        texts = [generate(llm, prompts, max_tokens=48, **way) for way in ways]
+        texts = [generate(llm, prompts, max_tokens=48, **each) for each in asked]
         counters = counters_of(llm)
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         left = runner.model_runner.draft_source._drafts._proposed
@@ -59,6 +61,7 @@ def test_texts_are_those_of_no_speculation(sources: list[str], random_target: Pa
 
 
 @pytest.mark.matrix
+@pytest.mark.scope("without maps", "tensor_parallel")
 def test_ranks_of_tensor_parallelism_draft_alike(
     random_target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

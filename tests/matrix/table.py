@@ -56,6 +56,13 @@ GPU_ADAPTER = {
 }
 """What the tests of the GPU's adapter record on CPU tensors."""
 
+WITHOUT_MAPS = {
+    "prompt lookup": ["lookup"],
+    "token recycling": ["recycling"],
+    "both": ["recycling and lookup"],
+    "tensor parallel 2 (mp)": ["tensor_parallel"],
+}
+"""What tests/engine/test_text_drafts.py records."""
 
 NOT_RUN = "not run"
 UNCLAIMED = (FAILS, DID_NOT_END, NOT_RUN, SKIPPED)
@@ -183,6 +190,12 @@ def _runners(results: Results) -> Iterator[str]:
     yield Cells(NOT_RUN).line("on a GPU", "refused until it is asked for")
 
 
+def _without_maps(results: Results) -> Iterator[str]:
+    for title, names in WITHOUT_MAPS.items():
+        note = "its own drafts at every step, of texts that repeat themselves"
+        yield results.together("without maps", names).line(title, note)
+
+
 def _families(results: Results) -> Iterator[str]:
     for family in WORKING:
         yield results.one("family", family).line(family, "random checkpoint")
@@ -205,6 +218,7 @@ def render(found: Found) -> str:
         "engine features": _engines(results),
         "ways in": _ways_in(results),
         "model runners": _runners(results),
+        "drafts without maps": _without_maps(results),
         "model families": _families(results),
         "refused when the configuration is checked": _refusals(results),
     }

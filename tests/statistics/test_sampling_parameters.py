@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.engines import counters_of, engine, planted_options
 from tests.support.models import random_model
 from vllm_hidden_transfer.bench.engine_process import SpecCounters
-from vllm_hidden_transfer.drafting.source import DraftBatch
+from vllm_hidden_transfer.drafting.source import DraftBatch, DraftSource
 from vllm_hidden_transfer.tree import ROOT, TokenTree
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("sampling_parameters")]
@@ -178,10 +178,9 @@ Trees = Callable[[Exact, Text, np.random.Generator], TokenTree]
 KINDS: tuple[Trees, ...] = (equal_siblings, never_sampled, half_wrong, full_width, deep_chain)
 
 
-class HostileSource:
+class HostileSource(DraftSource):
     """Trees of these kinds in turn by chance, for prompts whose distributions it was told."""
 
-    transfer_layer: int | None = None
     known: ClassVar[dict[Text, Exact]] = {}
     kinds: ClassVar[Sequence[Trees]] = KINDS
     built: ClassVar[dict[tuple[Text, Trees, int], TokenTree]] = {}
