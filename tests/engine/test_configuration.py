@@ -169,6 +169,14 @@ def test_without_maps_no_checkpoint_is_asked_for(random_target: Path) -> None:
     assert five.speculative_config.num_speculative_tokens == 5
 
 
+def test_tensor_parallelism_without_maps_is_refused(random_target: Path) -> None:
+    """Ranks that each look up for themselves were not seen to draft alike."""
+    method = {"method": "hidden_transfer", "sources": ["lookup"]}
+    with pytest.raises(ValueError, match="--tensor-parallel-size above 1: add maps") as refusal:
+        configure(random_target, speculative_config=method, tensor_parallel_size=2)
+    assert "\n" not in str(refusal.value)
+
+
 def test_other_sources_under_v2_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration, "stand_in_method", lambda: STAND_IN)
     for sources in (["lookup"], ["maps", "lookup"]):

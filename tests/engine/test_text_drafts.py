@@ -60,27 +60,6 @@ def test_texts_are_those_of_no_speculation(way: str, random_target: Path) -> Non
     assert len(left) <= 8  # the last batch's; the runner hears of their end at the next step
 
 
-@pytest.mark.matrix
-@pytest.mark.scope("without maps", "tensor_parallel")
-def test_ranks_of_tensor_parallelism_draft_alike(
-    random_target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each rank keeps a table of its own. Were they to differ, so would the places of keys and values."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    prompts = [(prompt * 20)[:150] for prompt in random_prompts(10, longest=40)]
-    ways: list[dict[str, Any]] = [{}, {"allowed_token_ids": [5, 6, 7, 8]}]
-    with engine(random_target, **options) as llm:
-        references = [generate(llm, prompts, max_tokens=48, **way) for way in ways]
-    with engine(random_target, **options, **without_maps(["recycling", "lookup"])) as llm:
-        texts = [generate(llm, prompts, max_tokens=48, **way) for way in ways]
-        counters = counters_of(llm)
-    for reference, text in zip(references, texts, strict=True):
-        assert_identical(reference, text, random_target, **options)
-    assert counters.accepted_tokens > 200
-
-
 def test_it_pays_on_the_demo_target(demo_target: Path) -> None:
     """Editing prompts, as users without a checkpoint have it by default, and drafting always."""
     options: dict[str, Any] = {"dtype": "float32"}

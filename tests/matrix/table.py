@@ -60,7 +60,6 @@ WITHOUT_MAPS = {
     "prompt lookup": ["lookup"],
     "token recycling": ["recycling"],
     "both": ["recycling and lookup"],
-    "tensor parallel 2 (mp)": ["tensor_parallel"],
 }
 """What tests/engine/test_text_drafts.py records."""
 

@@ -82,6 +82,11 @@ def plan(
     sources = _sources(options)
     always = options.get("always_draft", False)
     if "maps" not in sources:
+        if parallel_config.tensor_parallel_size > 1:
+            raise ConfigurationError(
+                "sources in --speculative-config leaves maps out, which was not shown to work with "
+                "--tensor-parallel-size above 1: add maps, or leave tensor parallelism out."
+            )
         settings = Settings(checkpoint=None, sources=sources, always_draft=always)
         text_budget = TEXT_BUDGET if budget is None else budget
         return Plan(settings, _checked_budget(text_budget), devices.worker_cls())
