@@ -67,8 +67,8 @@ MUTATIONS = (
         "engine/v1/runner.py",
         (
             (
-                "np.repeat(step.root_positions, sizes) + depths",
-                "np.repeat(step.root_positions, sizes) + depths + 1",
+                "step.root_positions[requests] + depths",
+                "step.root_positions[requests] + depths + 1",
             ),
         ),
         IDENTITY,

@@ -9,5 +9,4 @@ STAND_IN = "ngram_gpu"
 TEST_DRAFTS_VARIABLE = "VLLM_HIDDEN_TRANSFER_TEST_DRAFTS"
 """Set to 1 by tests and measurements, which may name a draft source; settings alone may not import code."""
 SOURCES = ("maps", "lookup", "recycling")
-"""Where drafts may come from: trained maps, copies of earlier text, the target's earlier guesses."""
-DEFAULT_SOURCES = SOURCES
+"""Where drafts may come from: trained maps, copies of earlier text, the target's earlier guesses. All by default."""

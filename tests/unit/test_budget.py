@@ -246,7 +246,7 @@ def test_a_bad_request_is_left_out() -> None:
     budget.cut(Choice((0,), 0.0), 2, 400, [("good", PROFILE)])
     assert budget.choose(["bad", "good"], np.array([200, 200])).drafted == (1,)
     budget.forget("bad")
-    assert "bad" not in budget.maps
+    assert "bad" not in budget.maps._of_each
 
 
 def test_nodes_are_taken_with_their_parents() -> None:

@@ -25,7 +25,7 @@ hand; what is set by hand is what has to be gained at least, and how much is spe
   without drafts, and owes ``TRY_SHARE`` of the time less as time goes by. Where a pass does not pay clearly it is tried
   within that once in ``LOOK_EVERY`` steps, or in ``LOOK_SOON`` where it seems to pay a little and owes nothing;
 - the first pass is for one request, and a step has at most ``STEP_UP`` times the rows of one whose cost is known, or
-  ``WIDE_STEP_UP`` times.
+  ``WIDE_STEP_UP`` times where that one has more than ``WIDE``.
 """
 
 from __future__ import annotations
@@ -182,10 +182,9 @@ class Budget:
         requests, reads = len(request_ids), float(lengths.sum())
         if self.plain.seen(requests) < SEEN_FIRST:
             return NOTHING  # T(b) first
-        found = self._of_text(request_ids, reads, looked_up)
         if self.passes and self._profile is None:
             return Choice((0,))
-        chosen = found
+        chosen = found = self._of_text(request_ids, reads, looked_up)
         if self.passes:
             drafted = self._of_maps(request_ids, lengths)
             chosen = drafted if self._passes_now(requests, reads, drafted, found) else found

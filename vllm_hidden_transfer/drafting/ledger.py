@@ -102,6 +102,3 @@ class Ledger:
     def forget(self, request_id: str) -> None:
         """A request has ended."""
         self._of_each.pop(request_id, None)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._of_each

@@ -21,7 +21,6 @@ from vllm_hidden_transfer.engine import devices, refusals, target_files
 from vllm_hidden_transfer.engine.settings import Settings
 from vllm_hidden_transfer.engine.target_files import Target
 from vllm_hidden_transfer.names import (
-    DEFAULT_SOURCES,
     METHOD,
     SOURCES,
     STAND_IN,
@@ -240,7 +239,7 @@ def _sources(options: dict[str, Any]) -> tuple[str, ...]:
     """Where drafts are to come from."""
     given = options.get("sources")
     if given is None:
-        return DEFAULT_SOURCES
+        return SOURCES
     several = isinstance(given, list | tuple) and len(given) > 0
     if not several or not all(isinstance(one, str) and one in SOURCES for one in given):
         raise ConfigurationError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vllm_hidden_transfer.names import DEFAULT_SOURCES, METHOD
+from vllm_hidden_transfer.names import METHOD, SOURCES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,7 +23,7 @@ class Settings(BaseModel):
         description="folder of the transfer checkpoint; None where drafts come from elsewhere"
     )
     sources: tuple[str, ...] = Field(
-        default=DEFAULT_SOURCES, description="where drafts come from, of ``names.SOURCES``"
+        default=SOURCES, description="where drafts come from, of ``names.SOURCES``"
     )
     mismatch: str | None = Field(
         default=None,

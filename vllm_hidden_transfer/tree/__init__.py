@@ -20,6 +20,7 @@ from vllm_hidden_transfer.tree.layout import (
     draft_blocks,
     fit_to_scratch,
     lay_out_paths,
+    ramp,
 )
 from vllm_hidden_transfer.tree.tensors import TensorWalk, TreeTensors
 from vllm_hidden_transfer.tree.token_tree import ROOT, TokenTree
@@ -46,4 +47,5 @@ __all__ = [
     "most_probable",
     "most_probable_paths",
     "path_major",
+    "ramp",
 ]

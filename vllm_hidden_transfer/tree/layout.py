@@ -113,7 +113,7 @@ def _joined(parts: Sequence[IntArray]) -> IntArray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _ramp(lengths: IntArray) -> tuple[IntArray, IntArray]:
+def ramp(lengths: IntArray) -> tuple[IntArray, IntArray]:
     """For groups of these sizes behind one another: each entry's group, and its place in it."""
     group = np.repeat(np.arange(len(lengths)), lengths)
     return group, np.arange(len(group)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -185,22 +185,22 @@ def lay_out_paths(
     )
     dead_table = np.where(columns < -(-dead_counts[:, None] // block_size), scratch.spill, 0)
 
-    first, place = _ramp(first_counts)
+    first, place = ramp(first_counts)
     first_rows = begins[first] + place
     first_slots = _slots(first_table, first, first_positions[first] + place, block_size)
-    run, place = _ramp(path_lens)
+    run, place = ramp(path_lens)
     on_path = place - before[of][run]
     path = nodes.paths() - nodes.offsets[of][:, None]
     side_rows = begins[of][run] + place
     inside = on_path >= 0
     side_rows[inside] = (root_rows[of][run] + 1)[inside] + path[run[inside], on_path[inside]]
     side_slots = _slots(side_table, run, first_positions[of][run] + place, block_size)
-    dead, place = _ramp(dead_counts)
+    dead, place = ramp(dead_counts)
     dead_rows = dead_starts[cut][dead] + place
     dead_slots = _slots(dead_table, dead, place, block_size)
 
     order = np.argsort(starts, kind="stable")
-    run, place = _ramp(nodes.ends - nodes.starts)
+    run, place = ramp(nodes.ends - nodes.starts)
     partial = first_positions[of] % block_size > 0
     return PathLayout(
         query_starts=np.append(starts[order], query_starts[-1]),

@@ -26,7 +26,7 @@ from vllm_hidden_transfer.engine.v1.sampling import verify
 from vllm_hidden_transfer.engine.v1.step import IntArray, Step
 from vllm_hidden_transfer.engine.v1.text_source import TextSource
 from vllm_hidden_transfer.patches import sampling_parameters, thinking_budgets
-from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs
+from vllm_hidden_transfer.tree import TokenTree, VerificationWalk, limit_runs, ramp
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -175,9 +175,9 @@ class TreeRunner(GPUModelRunner):
         if not sizes.any():
             return
         depths = np.concatenate([tree.depths for tree in step.trees if tree is not None])
-        places = np.arange(len(depths)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        rows = torch.from_numpy(np.repeat(step.root_rows, sizes) + 1 + places)
-        positions = torch.from_numpy(np.repeat(step.root_positions, sizes) + depths)
+        requests, nodes = ramp(sizes)
+        rows = torch.from_numpy(step.root_rows[requests] + 1 + nodes)
+        positions = torch.from_numpy(step.root_positions[requests] + depths)
         device = self.positions.device
         self.positions[rows.to(device)] = positions.to(device, self.positions.dtype)
 
@@ -214,8 +214,8 @@ class TreeRunner(GPUModelRunner):
 
     def _show_logits(self, logits: torch.Tensor, root_rows: IntArray, sizes: IntArray) -> None:
         """Let the draft source see the logits of each request's root and drafts, before a sampler changes them."""
-        places = np.arange(len(logits)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        rows = torch.from_numpy(np.repeat(root_rows, sizes) + places)
+        requests, places = ramp(sizes)
+        rows = torch.from_numpy(root_rows[requests] + places)
         tokens = self.input_ids.gpu[rows.to(self.input_ids.gpu.device)]
         self.draft_source.observe_logits(tokens.cpu().numpy(), logits)
 
