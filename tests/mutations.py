@@ -67,8 +67,8 @@ MUTATIONS = (
         "engine/v1/runner.py",
         (
             (
-                "step.root_positions[requests] + depths",
-                "step.root_positions[requests] + depths + 1",
+                "from_numpy(step.root_positions[requests] + depths)",
+                "from_numpy(step.root_positions[requests] + depths + 1)",
             ),
         ),
         IDENTITY,
