@@ -258,12 +258,14 @@ def lockstep(
     timings.write_text("")
     planted = drafting.shape
     Control.write(folder, planted, draft_pass=drafting.draft_pass)
-    going = {}
+    last = {}
     for case in comparison.cases:
         per_step = 1 + min(case.shape.accepted, case.shape.nodes)
         limits = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 2 + (steps + 1) * per_step}
-        going[case.name] = engines[case.engine].step_by_step(prompts, limits)
-    order = list(going) if turn % 2 else list(going)[::-1]
+        engines[case.engine].load(prompts, [limits] * len(prompts), len(prompts))
+        last[case.name] = 0.0
+    order = list(last) if turn % 2 else list(last)[::-1]
+    engine_of = {case.name: engines[case.engine] for case in comparison.cases}
     shape_of = {case.name: case.shape for case in comparison.cases}
     seconds: dict[str, list[float]] = {name: [] for name in order}
     for _ in range(steps + 1):
@@ -272,10 +274,11 @@ def lockstep(
             if name != OFF.name and shape_of[name] != planted:
                 planted = shape_of[name]
                 Control.write(folder, planted, draft_pass=drafting.draft_pass)
-            seconds[name].append(next(going[name]))
-    for name in order:
-        for _ in going[name]:  # to its end
-            pass
+            clock = engine_of[name].turn(0.0).clock
+            seconds[name].append(clock - last[name])
+            last[name] = clock
+    for engine in engine_of.values():
+        engine.stop()
     found = {name: values[1:] for name, values in seconds.items()}  # the first one ends the prompt
     if drafting.draft_pass:
         entries = [json.loads(line) for line in timings.read_text().splitlines()]

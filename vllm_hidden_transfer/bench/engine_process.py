@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -125,6 +125,30 @@ def last_error_line(log: str) -> str:
     return (errors or lines or ["it printed nothing"])[-1]
 
 
+@dataclass(frozen=True)
+class Output:
+    """What one engine step brought for one request of a load."""
+
+    clock: float
+    """Seconds that the load took until then."""
+    index: int
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A few engine steps of a load."""
+
+    clock: float
+    """Seconds that the load took so far; it stands still between turns."""
+    began: list[tuple[float, int]]
+    """When requests were handed in, and their index."""
+    outputs: list[Output]
+    over: bool
+    """Whether all is answered."""
+
+
 class EngineProcess:
     """One engine in one subprocess. Starting returns at once; `wait_ready` waits for the engine."""
 
@@ -208,7 +232,7 @@ class EngineProcess:
         """
         self.wait_ready()
         each = [sampling] * len(prompts) if isinstance(sampling, Mapping) else list(sampling)
-        self._send_prompts(prompts, each, stepwise=False)
+        self._send(op="generate", prompts=[list(prompt) for prompt in prompts], sampling=each)
         generations = [Generation(prompt_ids=ids) for ids in self._receive(timeout)["prompt_ids"]]
         while (reply := self._receive(timeout))["event"] != "done":
             for index, token_ids, text, finish_reason in reply["outputs"]:
@@ -223,33 +247,42 @@ class EngineProcess:
                     on_text(index, text)
         return generations
 
-    def step_by_step(
-        self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], timeout: float = 600.0
-    ) -> Iterator[float]:
-        """Answer the prompts as one batch, one engine step each time the next value is asked for.
+    def token_ids(self, prompts: Sequence[Prompt], timeout: float = 600.0) -> list[list[int]]:
+        """The prompts as the target's own template makes them."""
+        self.wait_ready()
+        self._send(op="tokenize", prompts=[list(prompt) for prompt in prompts])
+        ids: list[list[int]] = self._receive(timeout)["prompt_ids"]
+        return ids
 
-        Several engines can so take turns step by step, each idle while another one computes. Yields the seconds of
-        each step that brought tokens.
+    def load(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Mapping[str, Any]],
+        at_a_time: int,
+    ) -> None:
+        """Hand in requests (token ids) that are answered so many at a time, in turns (`turn`).
+
+        Several engines can so take turns, each idle while another one computes.
         """
         self.wait_ready()
-        self._send_prompts(prompts, [sampling] * len(prompts), stepwise=True)
-        self._receive(timeout)
-        while True:
-            self._send(op="step")
-            reply = self._receive(timeout)
-            if reply["event"] == "done":
-                return
-            yield float(reply["spent"])
+        each = [list(prompt) for prompt in prompts]
+        self._send(op="load", prompts=each, sampling=list(sampling), at_a_time=at_a_time)
 
-    def _send_prompts(
-        self, prompts: Sequence[Prompt], sampling: Sequence[Mapping[str, Any]], *, stepwise: bool
-    ) -> None:
-        self._send(
-            op="generate",
-            prompts=[list(prompt) for prompt in prompts],
-            sampling=list(sampling),
-            stepwise=stepwise,
+    def turn(self, seconds: float, timeout: float = 600.0) -> Turn:
+        """Engine steps until they took so long together: one where that is 0."""
+        self._send(op="turn", seconds=seconds)
+        reply = self._receive(timeout)
+        return Turn(
+            reply["clock"],
+            [(clock, index) for clock, index in reply["began"]],
+            [Output(*output) for output in reply["outputs"]],
+            reply["over"],
         )
+
+    def stop(self, timeout: float = 600.0) -> None:
+        """Leave the rest of the load unanswered."""
+        self._send(op="stop")
+        self._receive(timeout)
 
     def metrics(self, timeout: float = 60.0) -> list[dict[str, Any]]:
         """vLLM's counters and gauges (`LLM.get_metrics`) since the engine started."""

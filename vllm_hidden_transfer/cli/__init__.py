@@ -3,6 +3,7 @@
 
 import typer
 
+from vllm_hidden_transfer.cli.bench import bench
 from vllm_hidden_transfer.cli.demo import demo
 from vllm_hidden_transfer.cli.evaluate import evaluate
 from vllm_hidden_transfer.cli.fix_vllm_cpu import fix_vllm_cpu
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo)
+app.command()(bench)
 app.command()(generate)
 app.command(context_settings=PARSES_ITSELF)(train)
 app.command()(inspect)
