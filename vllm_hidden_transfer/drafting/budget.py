@@ -166,6 +166,21 @@ class Budget:
         """Whether looked-up drafts are wanted for so many: not where they were in vain for long."""
         return self.text.owed(requests) <= FIRST_TRIES
 
+    def least_worth(self, request_ids: Sequence[str], reads: float) -> float:
+        """The probability from which on a looked-up node may pay for these requests, as it was drafted.
+
+        So many nodes pay only if on the average they are worth the tokens of the time that their rows take. Where rows
+        become dearer, as they do on most machines, no node pays that is worth less than the cheapest of these averages.
+        """
+        requests = len(request_ids)
+        without = float(self.plain.predict(requests, reads))
+        if without == 0:
+            return 0.0
+        nodes = np.unique(np.concatenate([self._counts, requests * self._counts]))
+        more = self._seconds(requests, nodes, reads) - without
+        kept = max(self.text.kept(request_id) for request_id in request_ids)
+        return max(float((more / nodes).min()) * requests / without / max(kept, 1e-6), 0.0)
+
     def choose(
         self,
         request_ids: Sequence[str],
@@ -279,10 +294,13 @@ class Budget:
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """What all nodes are worth, best first [n], and the tokens and seconds of a step with 0 to n of them."""
         every = np.sort(np.concatenate(worth))[::-1] if worth else np.zeros(0)
-        nodes = np.arange(len(every) + 1)
-        reads_of = reads + nodes * self._runs_per_node * reads / max(requests, 1)
-        seconds = self.steps.predict(requests + nodes, reads_of)
+        seconds = self._seconds(requests, np.arange(len(every) + 1), reads)
         return every, requests + np.concatenate([np.zeros(1), np.cumsum(every)]), seconds
+
+    def _seconds(self, requests: int, nodes: NDArray[np.int64], reads: float) -> FloatArray:
+        """What a step takes with so many nodes to verify."""
+        reads_of = reads + nodes * self._runs_per_node * reads / max(requests, 1)
+        return self.steps.predict(requests + nodes, reads_of)
 
     def _taken(self, worth: Sequence[FloatArray], every: FloatArray, taken: int) -> list[Mask]:
         """Which nodes of each tree are among the best; of equal ones all or none, lest a child stay without parent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,17 @@ class DraftBatch:
     """[b, hidden_size]: the hidden state that entered the transfer layer at the token before the root."""
     budget: int
     """Nodes in a tree at most."""
+    least: float = 0.0
+    """Paths that are not more probable than this will not be verified: a source may leave them out."""
 
     def of(self, places: Sequence[int]) -> DraftBatch:
         """The batch of some of the requests, by their place in this one."""
-        return DraftBatch(
-            [self.request_ids[place] for place in places],
-            self.batch_rows[list(places)],
-            [self.token_ids[place] for place in places],
-            None if self.hidden is None else self.hidden[list(places)],
-            self.budget,
+        return replace(
+            self,
+            request_ids=[self.request_ids[place] for place in places],
+            batch_rows=self.batch_rows[list(places)],
+            token_ids=[self.token_ids[place] for place in places],
+            hidden=None if self.hidden is None else self.hidden[list(places)],
         )
 
 

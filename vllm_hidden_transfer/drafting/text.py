@@ -32,6 +32,8 @@ _PRIOR: NDArray[np.float64] = np.array(
 )
 """[LONGEST_MATCH, DEEPEST_COPY] of ``lookup``: how often a copy is right, before anything is known of these texts."""
 
+_NO_TREE = TokenTree.chain([])
+
 _Place = tuple[int, int]
 """A token, and how many of the copy led to it; ``_OFF`` where it is not on the copy."""
 _OFF = -1
@@ -65,6 +67,7 @@ class TextDrafts:
         request_ids: Sequence[str],
         contexts: Sequence[NDArray[np.integer]],
         budget: int,
+        least: float = LEAST,
     ) -> list[TokenTree]:
         """A tree of at most ``budget`` nodes for each request, in runs; empty where nothing is worth drafting.
 
@@ -72,6 +75,7 @@ class TextDrafts:
             request_ids: of b requests.
             contexts: each request's tokens so far, the one just sampled included.
             budget: nodes of a tree at most.
+            least: probability of the paths that are worth drafting; the less is asked for, the longer it takes.
         """
         found = look_up(contexts) if self._copies else None
         trees = []
@@ -86,7 +90,7 @@ class TextDrafts:
             if before is None or self._is_settled(before, context):
                 match = 0 if found is None else int(found.matches[row])
                 self._proposed[request_id] = _Proposed(len(context), match, copy)
-            trees.append(self._tree(int(context[-1]), copy, trust, budget))
+            trees.append(self._tree(int(context[-1]), copy, trust, budget, max(least, LEAST)))
         return trees
 
     def forget(self, request_id: str) -> None:
@@ -108,7 +112,9 @@ class TextDrafts:
             self._trust.observe(cells, right[:told])
         return True
 
-    def _tree(self, root: int, copy: list[int], trust: list[float], budget: int) -> TokenTree:
+    def _tree(
+        self, root: int, copy: list[int], trust: list[float], budget: int, least: float
+    ) -> TokenTree:
         successors = self.successors
 
         def children(place: _Place) -> list[tuple[int, float, _Place]]:
@@ -125,4 +131,6 @@ class TextDrafts:
             ]
 
         start = 0 if copy else _OFF
-        return in_runs(best_first((root, start), children, budget, LEAST))
+        if all(share <= least for _, share, _ in children((root, start))):
+            return _NO_TREE  # most of a large batch, and quickly said
+        return in_runs(best_first((root, start), children, budget, least))

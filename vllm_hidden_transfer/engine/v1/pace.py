@@ -8,7 +8,9 @@ until their trees are there. Steps with a prompt in them are not told: what they
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 from vllm.logger import init_logger
@@ -36,6 +38,8 @@ class Pace:
     def __init__(self, max_nodes: int, *, passes: bool = True) -> None:
         self.budget = Budget(max_nodes, passes=passes)
         self._ended = 0.0
+        self._learned = 0.0
+        """Seconds that the text's sources took in this step to see what the target computed."""
         self._looked_up: set[str] = set()
         """Requests whose latest tree was looked up."""
 
@@ -66,6 +70,13 @@ class Pace:
             seconds += between
         self.budget.observe_step(len(lengths), sum(lengths), seconds, trees, more_reads)
 
+    @contextmanager
+    def learning(self, requests: int) -> Iterator[bool]:
+        """Whether the text's sources are to learn from a step of so many requests: that is part of their cost."""
+        started = time.perf_counter()
+        yield self.budget.looks_up(requests)
+        self._learned = time.perf_counter() - started
+
     def draft(self, source: DraftSource, batch: DraftBatch) -> list[TokenTree]:
         """The nodes to verify for each of the requests that want drafts: as many as pay, which may be none."""
         trees = self._drafted(source, batch) if batch.request_ids else []
@@ -77,9 +88,12 @@ class Pace:
         lengths = np.array([len(tokens) for tokens in batch.token_ids])
         requests, reads = len(lengths), int(lengths.sum())
         started = time.perf_counter()
-        found = source.look_up(batch) if budget.looks_up(requests) else None
+        found = None
+        if budget.looks_up(requests):
+            least = budget.least_worth(batch.request_ids, reads)
+            found = source.look_up(replace(batch, least=least))
         if found is not None:
-            budget.text.spend(requests, reads, time.perf_counter() - started)
+            budget.text.spend(requests, reads, time.perf_counter() - started + self._learned)
         probabilities = [tree.path_probabilities() for tree in found or ()]
         choice = budget.choose(batch.request_ids, lengths, probabilities)
         if not skipped and budget.skipped_passes:

@@ -199,8 +199,12 @@ class TreeRunner(GPUModelRunner):
         sizes = np.ones(len(step.root_rows), dtype=np.int64)
         if spec_decode_metadata is not None:
             sizes += np.array(spec_decode_metadata.num_draft_tokens)
-        if self._shows_logits:
+        if self._shows_logits and self.pace is None:
             self._show_logits(logits, step.root_rows, sizes)
+        elif self._shows_logits and self.pace is not None:
+            with self.pace.learning(len(sizes)) as wanted:
+                if wanted:
+                    self._show_logits(logits, step.root_rows, sizes)
         if not step.has_trees:
             return super()._sample(logits, None)
         self.input_batch.update_async_output_token_ids()

@@ -43,7 +43,7 @@ class TextSource(DraftSource):
         return self.look_up(batch)
 
     def look_up(self, batch: DraftBatch) -> list[TokenTree]:
-        return self._drafts.propose(batch.request_ids, batch.token_ids, batch.budget)
+        return self._drafts.propose(batch.request_ids, batch.token_ids, batch.budget, batch.least)
 
     def observe_logits(self, tokens: NDArray[np.integer], logits: torch.Tensor) -> None:
         successors = self._drafts.successors
