@@ -36,6 +36,8 @@ class World:
     """By requests."""
     kept: float = 1.0
     noise: float = 0.05
+    cold: float = 1.0
+    """How much longer the first draft pass takes."""
     found: float = 0.0
     """Share of the requests that a copy is found for."""
     seed: int = 0
@@ -90,10 +92,12 @@ class World:
             return []
         budget.text.spend(len(ids), 200 * len(ids), self._timed(0.0003 * len(ids)))
         copies = []
+        least = budget.least_worth(ids, 200 * len(ids))
         for row, name in enumerate(ids):
             self._at[name] += 1
             there = np.random.default_rng([row, self._at[name] // 10]).random() < self.found
-            copies.append(COPY[: NODES * there] * self._rng.uniform(0.8, 1.2))
+            copy = COPY[: NODES * there] * self._rng.uniform(0.8, 1.2)
+            copies.append(copy[copy > least])
         return copies
 
     def _drafts(self, budget: Budget, choice: Choice, ids: list[str]) -> dict[str, np.ndarray]:
@@ -101,7 +105,9 @@ class World:
             return {}
         self.drafted_steps += 1
         count = len(choice.drafted)
-        budget.maps.spend(count, 200 * count, self._timed(self.draft(count)))
+        took = self._timed(self.draft(count) * self.cold)
+        self.cold = 1.0
+        budget.maps.spend(count, 200 * count, took)
         trees = [(ids[one], PROFILE * self._rng.uniform(0.8, 1.2)) for one in choice.drafted]
         masks = budget.cut(choice, len(ids), 200 * len(ids), trees)
         return {name: each[mask] for (name, each), mask in zip(trees, masks, strict=True)}
@@ -150,7 +156,7 @@ def test_never_slower_than_off(world: Callable[..., World], kept: float, request
     one = world(kept)
     ratio = one.run(Budget(NODES), requests, 1000) / one.plain(requests)
     print(f"{ratio:.3f} of no speculation, {one.drafted_steps} of 1000 steps with drafts")
-    assert ratio > 0.97
+    assert ratio > 0.98
 
 
 @pytest.mark.slow
@@ -200,8 +206,9 @@ def test_passes_and_copies_together_are_better_than_either(requests: int) -> Non
 def test_a_noisy_machine_is_not_blamed_on_drafts(noise: float) -> None:
     """Predictions leave disturbed passes out, so what a tree took is above them as often as what a stock step took."""
     for requests, least in ((1, 1.15), (4, 0.97)):
-        one = small_cpu(noise=noise)
-        ratio = one.run(Budget(NODES), requests, 1000) / one.plain(requests)
+        worlds = [small_cpu(noise=noise, seed=seed) for seed in range(4)]
+        rates = [one.run(Budget(NODES), requests, 1000) for one in worlds]
+        ratio = float(np.mean(rates)) / worlds[0].plain(requests)
         print(f"{requests} requests: {ratio:.3f}")
         assert ratio > least
 
@@ -258,6 +265,42 @@ def test_nodes_are_taken_with_their_parents() -> None:
     (mask,) = budget.cut(Choice((0,), 1.2), 1, 0, [("one", chain)])
     assert mask.tolist() in ([True] * 3 + [False], [True] * 4, [False] * 4)
     assert budget.cut_nodes == int((~mask).sum())
+
+
+@pytest.mark.parametrize("factor", [3.0, 20.0])
+def test_the_first_pass_may_be_a_slow_one(factor: float) -> None:
+    """Compiled engines allocate and compile in it; once that ended drafting for good."""
+    warm, cold = small_cpu(), small_cpu(cold=factor)
+    usual = warm.run(Budget(NODES), 1, 800)
+    cold.run(Budget(NODES), 1, 800)
+    assert cold.tokens > 0.95 * warm.tokens
+    assert usual > 1.15 * warm.plain(1)
+
+
+@pytest.mark.parametrize("requests", [1, 8])
+def test_nodes_that_cannot_pay_are_not_looked_for(requests: int) -> None:
+    """Where each row costs the same, nothing that is worth less is taken, and leaving it out loses nothing."""
+    world, budget = small_cpu(found=0.5), Budget(NODES, passes=False)
+    world.run(budget, requests, 400)
+    ids = [f"{requests}-{one}" for one in range(requests)]
+    lengths = np.full(requests, 200)
+    least = budget.least_worth(ids, 200.0 * requests)
+    assert 0 < least < 1
+    some = [np.sort(np.random.default_rng(row).random(NODES))[::-1] for row in range(requests)]
+    choice = next(
+        one for _ in range(40) if (one := budget.choose(ids, lengths, some)) and one.looked_up
+    )
+    taken = np.concatenate([each[mask] for each, mask in zip(some, choice.looked_up, strict=True)])
+    assert taken.min() > 0.9 * least
+    pruned = [each[each > least] for each in some]
+    again = next(
+        one for _ in range(40) if (one := budget.choose(ids, lengths, pruned)) and one.looked_up
+    )
+    assert again.rate > 0.97 * choice.rate
+
+
+def test_nothing_is_left_out_before_costs_are_known() -> None:
+    assert Budget(NODES).least_worth(["a"], 200.0) == 0
 
 
 def test_costs_without_measurements_and_with_one() -> None:

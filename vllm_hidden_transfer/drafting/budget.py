@@ -24,8 +24,9 @@ hand; what is set by hand is what has to be gained at least, and how much is spe
 - what each way of drafting loses at a load is kept account of, whatever was predicted: it may owe ``FIRST_TRIES`` steps
   without drafts, and owes ``TRY_SHARE`` of the time less as time goes by. Where a pass does not pay clearly it is tried
   within that once in ``LOOK_EVERY`` steps, or in ``LOOK_SOON`` where it seems to pay a little and owes nothing;
-- the first pass is for one request, and a step has at most ``STEP_UP`` times the rows of one whose cost is known, or
-  ``WIDE_STEP_UP`` times where that one has more than ``WIDE``.
+- the first passes are for one request, ``FIRST_PASSES`` of them behind one that warms up, whatever they cost;
+- a step has at most ``STEP_UP`` times the rows of one whose cost is known, or ``WIDE_STEP_UP`` times where that one has
+  more than ``WIDE``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from vllm_hidden_transfer.drafting.costs import PassCosts
 from vllm_hidden_transfer.drafting.ledger import FloatArray, Ledger, Verified
 
 SEEN_FIRST = 4
+FIRST_PASSES = 3
+"""Draft passes that are run whatever they cost: what one or two took may have been somebody else's work."""
 LOOK_EVERY, LOOK_SOON = 32, 8
 TRY_SHARE = 0.005
 FIRST_TRIES = 4.0
@@ -197,7 +200,7 @@ class Budget:
         requests, reads = len(request_ids), float(lengths.sum())
         if self.plain.seen(requests) < SEEN_FIRST:
             return NOTHING  # T(b) first
-        if self.passes and self._profile is None:
+        if self.passes and (self._profile is None or self.maps.times < FIRST_PASSES):
             return Choice((0,))
         chosen = found = self._of_text(request_ids, reads, looked_up)
         if self.passes:
@@ -229,7 +232,8 @@ class Budget:
             return [np.ones(len(each), dtype=np.bool_) for _, each in trees]
         worth = [self.maps.kept(request_id) * each for request_id, each in trees]
         every, given, seconds = self._by_nodes(worth, requests, reads)
-        taken = int((given - choice.rate * seconds).argmax())
+        most = max(self._most_rows(requests) - requests, 0) + 1
+        taken = int((given - choice.rate * seconds)[:most].argmax())
         return self._taken(worth, every, taken)
 
     def _of_text(

@@ -56,6 +56,8 @@ class PassCosts:
 
     def __init__(self) -> None:
         self._passes: list[deque[_Pass]] = [deque(maxlen=KEPT) for _ in KNOTS]
+        self._hints: list[deque[_Pass]] = [deque(maxlen=KEPT) for _ in KNOTS]
+        """Passes of another kind, which are many and must not push the others out."""
         self._count = 0
         self._fit: tuple[FloatArray, float] | None = None
 
@@ -66,10 +68,10 @@ class PassCosts:
             rows: of all requests together.
             reads: tokens of context that its attention read, each as often as it was read.
             seconds: how long it took.
-            weight: of this pass beside others.
+            weight: of this pass beside others; below 1 it is one of another kind, which is only a hint.
         """
         self._count += 1
-        passes = self._passes[size_of(rows)]
+        passes = (self._hints if weight < 1 else self._passes)[size_of(rows)]
         passes.append(_Pass(self._count, float(rows), float(reads), seconds, weight))
         if len(passes) < REFIT or self._count % REFIT == 0:
             self._fit = None
@@ -80,13 +82,16 @@ class PassCosts:
 
     def most_known(self) -> int:
         """The most rows of which at least as many passes as make one trusted were measured; 0 if there are none."""
-        known = [passes for passes in self._passes if len(passes) > len(TRUST)]
-        return int(max(one.rows for one in known[-1])) if known else 0
+        known = [passes for passes in self._all() if len(passes) > len(TRUST)]
+        return int(max((one.rows for passes in known for one in passes), default=0))
 
     @property
     def known(self) -> bool:
         """Whether anything was measured."""
-        return any(self._passes)
+        return any(self._all())
+
+    def _all(self) -> list[deque[_Pass]]:
+        return [*self._passes, *self._hints]
 
     def predict(self, rows: ArrayLike, reads: ArrayLike) -> FloatArray:
         """Seconds of passes; 0 where nothing was measured. More rows never cost less."""
@@ -111,10 +116,10 @@ class PassCosts:
     def _undisturbed(self) -> list[tuple[float, float, float, float, bool]]:
         """Rows, reads, seconds and trust of the passes that count, and whether there are many of their size."""
         found = []
-        for passes in self._passes:
+        for passes in self._all():
             while passes and passes[0].number <= self._count - FRESH:
                 passes.popleft()
-        for passes in filter(None, self._passes):
+        for passes in filter(None, self._all()):
             limit = 2 * float(np.quantile([one.seconds for one in passes], 0.25))
             trust = (0.0, *TRUST, 1.0)[min(len(passes), 3)]
             found += [

@@ -60,13 +60,21 @@ class Ledger:
     def __init__(self) -> None:
         self.costs = PassCosts()
         """Of making drafts, by requests."""
+        self.times = 0
+        """How often drafts were made, the first time left out."""
+        self._cold = True
         self._owed = np.zeros(len(KNOTS))
         self._spent = 0.0
         self._of_all = Record()
         self._of_each: dict[str, Record] = {}
 
     def spend(self, requests: int, reads: int, seconds: float) -> None:
-        """Drafts were made for so many requests."""
+        """Drafts were made for so many requests. The first time of an engine is its warm-up and says nothing of others:
+        it may take ten times as long."""
+        if self._cold:
+            self._cold = False
+            return
+        self.times += 1
         self.costs.observe(requests, reads, seconds)
         self._spent += min(seconds, 2 * float(self.costs.predict(requests, reads)))
 
