@@ -287,6 +287,24 @@ MUTATIONS = (
         BUDGET,
     ),
     Mutation(
+        "a first pass that warms up is charged",
+        "drafting/ledger.py",
+        (("        if self._cold:\n", "        if False:\n"),),
+        f"{BUDGET}::test_the_first_pass_may_be_a_slow_one",
+    ),
+    Mutation(
+        "steps without trees push those with out of the costs",
+        "drafting/costs.py",
+        (("(self._hints if weight < 1 else self._passes)", "self._passes"),),
+        f"{BUDGET}::test_steps_without_trees_do_not_push_out_those_with",
+    ),
+    Mutation(
+        "any number of nodes is verified behind a pass",
+        "drafting/budget.py",
+        (("(given - choice.rate * seconds)[:most]", "(given - choice.rate * seconds)"),),
+        f"{BUDGET}::test_a_step_into_the_unknown_is_a_small_one",
+    ),
+    Mutation(
         "copies are trusted as at the start",
         "drafting/text.py",
         (("            self._trust.observe(cells, right[:told])\n", "            pass\n"),),

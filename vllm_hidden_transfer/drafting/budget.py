@@ -231,10 +231,10 @@ class Budget:
         if choice.rate == 0:
             return [np.ones(len(each), dtype=np.bool_) for _, each in trees]
         worth = [self.maps.kept(request_id) * each for request_id, each in trees]
-        every, given, seconds = self._by_nodes(worth, requests, reads)
+        given, seconds = self._by_nodes(worth, requests, reads)
         most = max(self._most_rows(requests) - requests, 0) + 1
         taken = int((given - choice.rate * seconds)[:most].argmax())
-        return self._taken(worth, every, taken)
+        return self._taken(worth, taken)
 
     def _of_text(
         self, request_ids: Sequence[str], reads: float, trees: Sequence[FloatArray]
@@ -245,13 +245,13 @@ class Budget:
         if not any(len(each) for each in trees):
             return Choice(rate=without)
         worth = [self.text.kept(name) * each for name, each in zip(request_ids, trees, strict=True)]
-        every, given, seconds = self._by_nodes(worth, requests, reads)
+        given, seconds = self._by_nodes(worth, requests, reads)
         rates = given / seconds
         rates[requests + np.arange(len(rates)) > self._most_rows(requests)] = 0.0
         taken = int(rates.argmax())
         if taken == 0 or rates[taken] <= CLEARLY * without:
             return Choice(rate=without)
-        return Choice(rate=float(rates[taken]), looked_up=tuple(self._taken(worth, every, taken)))
+        return Choice(rate=float(rates[taken]), looked_up=tuple(self._taken(worth, taken)))
 
     def _of_maps(self, request_ids: Sequence[str], lengths: NDArray[np.int64]) -> Choice:
         """The draft pass that gives most."""
@@ -295,23 +295,24 @@ class Budget:
 
     def _by_nodes(
         self, worth: Sequence[FloatArray], requests: int, reads: float
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """What all nodes are worth, best first [n], and the tokens and seconds of a step with 0 to n of them."""
+    ) -> tuple[FloatArray, FloatArray]:
+        """The tokens and the seconds of a step with 0 to n of all nodes, the best first."""
         every = np.sort(np.concatenate(worth))[::-1] if worth else np.zeros(0)
         seconds = self._seconds(requests, np.arange(len(every) + 1), reads)
-        return every, requests + np.concatenate([np.zeros(1), np.cumsum(every)]), seconds
+        return requests + np.concatenate([np.zeros(1), np.cumsum(every)]), seconds
 
     def _seconds(self, requests: int, nodes: NDArray[np.int64], reads: float) -> FloatArray:
         """What a step takes with so many nodes to verify."""
         reads_of = reads + nodes * self._runs_per_node * reads / max(requests, 1)
         return self.steps.predict(requests + nodes, reads_of)
 
-    def _taken(self, worth: Sequence[FloatArray], every: FloatArray, taken: int) -> list[Mask]:
-        """Which nodes of each tree are among the best; of equal ones all or none, lest a child stay without parent."""
-        least = every[taken - 1] if taken else np.inf
-        found = [each >= least for each in worth]
-        self.cut_nodes += sum(int((~each).sum()) for each in found)
-        return found
+    def _taken(self, worth: Sequence[FloatArray], taken: int) -> list[Mask]:
+        """Which nodes of each tree are among so many best. Of equal ones those that stand first are taken, because a
+        parent stands before its children."""
+        found = np.zeros(sum(map(len, worth)), dtype=np.bool_)
+        found[np.argsort(-np.concatenate(worth), kind="stable")[:taken]] = True
+        self.cut_nodes += int((~found).sum())
+        return np.split(found, np.cumsum([len(each) for each in worth])[:-1])
 
     def _most_rows(self, requests: int) -> int:
         """Rows that the next step may have at most."""
