@@ -25,6 +25,8 @@ from vllm_hidden_transfer.tree import TokenTree
 logger = init_logger("vllm.hidden_transfer")
 
 _NO_TREE = TokenTree.chain([])
+LEARN_EVERY = 4
+"""Steps without trees of which the text's sources see one: all of them would cost more than a percent of the time."""
 
 
 class Pace:
@@ -38,6 +40,7 @@ class Pace:
     def __init__(self, max_nodes: int, *, passes: bool = True) -> None:
         self.budget = Budget(max_nodes, passes=passes)
         self._ended = 0.0
+        self._plain_steps = 0
         self._learned = 0.0
         """Seconds that the text's sources took in this step to see what the target computed."""
         self._looked_up: set[str] = set()
@@ -71,10 +74,12 @@ class Pace:
         self.budget.observe_step(len(lengths), sum(lengths), seconds, trees, more_reads)
 
     @contextmanager
-    def learning(self, requests: int) -> Iterator[bool]:
-        """Whether the text's sources are to learn from a step of so many requests: that is part of their cost."""
+    def learning(self, step: Step) -> Iterator[bool]:
+        """Whether the text's sources are to see what the target computed in a step, whose cost is theirs."""
         started = time.perf_counter()
-        yield self.budget.looks_up(requests)
+        self._plain_steps = 0 if step.has_trees else self._plain_steps + 1
+        in_turn = self._plain_steps % LEARN_EVERY == 0
+        yield in_turn and self.budget.looks_up(len(step.root_rows))
         self._learned = time.perf_counter() - started
 
     def draft(self, source: DraftSource, batch: DraftBatch) -> list[TokenTree]:

@@ -202,7 +202,7 @@ class TreeRunner(GPUModelRunner):
         if self._shows_logits and self.pace is None:
             self._show_logits(logits, step.root_rows, sizes)
         elif self._shows_logits and self.pace is not None:
-            with self.pace.learning(len(sizes)) as wanted:
+            with self.pace.learning(step) as wanted:
                 if wanted:
                     self._show_logits(logits, step.root_rows, sizes)
         if not step.has_trees:
