@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 
 
 def test_bench(demo_target: Path, tmp_path: Path) -> None:
-    command = ["bench", "--eager", "--target", str(demo_target), "--side", "text", "--side", "maps"]
+    command = ["bench", "--eager", "--target", str(demo_target), "--side", "text"]
     command += ["--requests", "3", "--windows", "2", "--window-tokens", "40", "--max-tokens", "24"]
     command += ["--prompts", str(demo_target.parent / "prompts" / "demo.jsonl")]
     command += ["--output", str(tmp_path)]
@@ -26,7 +26,7 @@ def test_bench(demo_target: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     (cell,) = json.loads((tmp_path / "bench.json").read_text())["cells"]
     assert (cell["requests"], cell["windows"], cell["complete"]) == (3, 2, True)
-    assert set(cell["sides"]) == {"no speculation", "text", "maps"}
+    assert set(cell["sides"]) == {"no speculation", "text"}
     for side in cell["sides"].values():
         assert side["answers_alike"] == side["answers"] > 8
         assert side["tokens_per_s"] > 0

@@ -243,8 +243,8 @@ SETTINGS = {
 ALL = SETTINGS["all"]
 assert len({setting.prompt for setting in SETTINGS.values()}) == len(SETTINGS)
 NUM_TESTS = len(SETTINGS) + len(KINDS) + 3 * len(SETTINGS)
-"""Chi-square tests: every setting, every kind of tree, and every setting again in one batch, with these trees and with
-drafts from the text, at every step and where they pay."""
+"""Chi-square tests: every setting, every kind of tree, and every setting again in one batch, with these trees and, in
+test_text_drafts.py, with drafts from the text at every step and where they pay."""
 
 
 @torch.inference_mode()
@@ -270,7 +270,6 @@ class Bench:
 
     llm: Any
     exact: Mapping[str, Exact]
-    target: Path
 
     def sample(
         self, settings: Sequence[Setting], kinds: Sequence[Trees], seed: int, samples: int = SAMPLES
@@ -343,7 +342,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     source = f"{HostileSource.__module__}:{HostileSource.__name__}"
     options = {"max_num_seqs": 128, "max_model_len": 64}
     with engine(target, **options, **planted_options(BUDGET, source)) as llm:
-        yield Bench(llm, exact, target)
+        yield Bench(llm, exact)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -368,21 +367,6 @@ def test_every_kind_of_tree(kind: Trees, bench: Bench) -> None:
     else:
         assert counters.accepted_tokens > 0.2 * counters.drafts
     bench.assert_exact(ALL, texts)
-
-
-@pytest.mark.parametrize("always", [True, False], ids=["every step", "where it pays"])
-def test_drafts_from_the_text(always: bool, bench: Bench) -> None:
-    """What is copied hangs on what was sampled before, and what is recycled on other requests' logits."""
-    settings = list(SETTINGS.values())
-    options = {"max_num_seqs": 128, "max_model_len": 64}
-    way = {"method": "hidden_transfer", "sources": ["lookup", "recycling"], "always_draft": always}
-    with engine(bench.target, **options, speculative_config=way) as llm:
-        beside = Bench(llm, bench.exact, bench.target)
-        found, counters = beside.sample(settings, KINDS, 4, SAMPLES_BESIDE_OTHERS)
-    if always:
-        assert counters.accepted_tokens > 0.2 * counters.drafts > 0
-    for setting, texts in zip(settings, found, strict=True):
-        beside.assert_exact(setting, texts)
 
 
 def test_all_parameters_in_one_batch(bench: Bench) -> None:
