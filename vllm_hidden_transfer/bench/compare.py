@@ -256,6 +256,8 @@ class Results:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.path = folder / "bench.json"
         self._settings = json.loads(json.dumps(asdict(settings), default=str))
+        # Of the start: the engines compute with what the checkout was then.
+        self._about = {"machine": str(this_machine()), "commit": this_commit()}
         self.cells: dict[Cell, dict[str, Any]] = {}
         if not self.path.is_file():
             return
@@ -280,8 +282,7 @@ class Results:
 
     def put(self, cell: Cell, figures: Mapping[str, Any], *, complete: bool) -> None:
         """Keep what is known of a cell: a kill loses at most the window under way."""
-        about = {"machine": str(this_machine()), "commit": this_commit()}
-        self.cells[cell] = {**figures, **about, "complete": complete}
+        self.cells[cell] = {**figures, **self._about, "complete": complete}
         temporary = self.path.with_suffix(".new")
         found = {"settings": self._settings, "cells": list(self.cells.values())}
         temporary.write_text(json.dumps(found, indent=1) + "\n")
